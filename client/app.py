@@ -1,0 +1,66 @@
+"""The ClientApp: decode, call, encode. No mathematics, and no exception text, leaves a node from here."""
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client.service import NodeService
+from client.settings import load_settings
+from common import wire
+from common.errors import Refused, StorageError, UmbelError
+
+SETTINGS_VARIABLE = "UMBEL_NODE_CONFIG"
+"""Environment variable with the path of the node's settings, where Flower's node configuration does not name it."""
+
+app = ClientApp()
+
+
+@lru_cache(maxsize=1024)
+def service_for(settings_path: str, index: int, num_nodes: int) -> NodeService:
+    """The node's service, kept for the life of the process: data are read once."""
+    return NodeService(load_settings(settings_path), index, num_nodes)
+
+
+def close_services() -> None:
+    """Forget all nodes of this process; for a simulation that has ended."""
+    service_for.cache_clear()
+
+
+@app.query("identity")
+def identity(message: Message, context: Context) -> Message:
+    """Which node this is."""
+    return _answered(message, lambda: _service(context).identity())
+
+
+@app.train("contribute")
+def contribute(message: Message, context: Context) -> Message:
+    """Answer a release with the node's clipped integer sum."""
+    return _answered(message, lambda: _service(context).contribute(*wire.read_request(message)))
+
+
+@app.train("fold_in")
+def fold_in(message: Message, context: Context) -> Message:
+    """Personalize with a released model."""
+    return _answered(message, lambda: _service(context).fold_in(*wire.read_request(message)))
+
+
+def _service(context: Context) -> NodeService:
+    config = context.node_config
+    path = config.get("node-config") or os.environ.get(SETTINGS_VARIABLE, "")
+    if not path:
+        raise UmbelError(f"Expected node-config or {SETTINGS_VARIABLE} to name the node's settings, got neither.")
+    return service_for(str(path), int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))
+
+
+def _answered(message: Message, compute: Callable[[], bytes]) -> Message:
+    try:
+        return wire.answer(compute(), message)
+    except Refused as refused:
+        return wire.refusal(refused.code, message)
+    except StorageError:
+        return wire.refusal("storage", message)
+    except Exception:  # its text could hold data, so not even its type leaves
+        return wire.refusal("error", message)

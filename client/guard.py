@@ -1,0 +1,275 @@
+"""The policy guard: what a node demands of a broadcast before any of its users' data is touched.
+
+It looks at public facts only (the message, the node's own policy, the ledger head the node remembers), so a
+refusal says nothing about any user. The limits here and the filters in the store hold against the server,
+as far as the code that runs them is the node's own.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from common.errors import LedgerCorrupt, Refused, VerificationError
+from common.records import Broadcast
+from privacy.layout import GRID_SCALES, SCALARS
+from privacy.lines import ZERO_HEAD, Line, chain, replay, verify_line
+from privacy.participation import checked_noise_multiplier, cost_units, is_unlimited, limit_units
+
+REFUSAL_MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "malformed": "The message is not the canonical encoding of what it should be.",
+        "protocol": "The message is of another protocol version.",
+        "signature": "The message or its ledger line was not signed by the key this node trusts.",
+        "ledger_unknown": "The message charges a ledger other than the one this node is pinned to.",
+        "ledger_gap": "Ledger lines since the last one this node acknowledged are missing.",
+        "ledger_fork": "The ledger differs from what this node acknowledged before.",
+        "ledger_rollback": "The ledger ends before a line that this node acknowledged.",
+        "replayed": "The ledger line was answered before.",
+        "policy_noise": "The release has less noise than this node accepts.",
+        "policy_clipping": "The clipping norm is outside the bounds of this node.",
+        "policy_shape": "The computation, or the layout of its contribution, is not one this node accepts.",
+        "policy_not_private": "The noise is absent or seeded, which this node accepts in simulations only.",
+        "policy_users": "The node hosts more users than its policy allows in one sum.",
+        "deadline": "The deadline has passed or is too far away.",
+        "purpose": "The message asks for something this node does not do.",
+        "storage": "The node could not store what has to be on disk before it answers.",
+        "busy": "The node is at work on another message.",
+        "error": "The node failed for a reason that it does not tell.",
+    }
+)
+"""What each code of a `Refused` means. The codes are public; nothing else about a refusal leaves the node."""
+REFUSAL_CODES = frozenset(REFUSAL_MEANINGS)
+
+_SHARE_SLACK = Fraction(1, 10**9)  # shares are rounded square roots; a user's norm is checked in integers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A node's own limits, from its own configuration and never from a message.
+
+    Attributes:
+        public_key: Ed25519 key of the ledger, 32 bytes.
+        ledger_id: The one ledger this node answers, or None to trust the first: the caller then puts in what
+            `DeviceStore.pinned_ledger` says.
+        mu_max: Limit of each user on this node, a decimal string, or "inf" for none.
+        min_noise_multiplier: The least noise of a release, a decimal string of at least 0.05.
+        max_users_per_node: The most users in one sum.
+        families: Loss families this node computes.
+        max_dimension: The most features d.
+        max_rank: The largest rank r.
+        max_grid_scale: The largest grid scale K.
+        min_clipping_norm: The least clipping norm C.
+        max_clipping_norm: The largest.
+        max_deadline_ahead: How far away a deadline may be, in seconds.
+        allow_not_private: Answer releases without noise or with seeded noise: for simulations.
+    """
+
+    public_key: bytes
+    ledger_id: str | None = None
+    mu_max: str
+    min_noise_multiplier: str = "0.05"
+    max_users_per_node: int = 100_000
+    families: frozenset[str] = frozenset({"squared", "logistic"})
+    max_dimension: int = 10_000
+    max_rank: int = 64
+    max_grid_scale: int = max(GRID_SCALES)
+    min_clipping_norm: float = 1e-6
+    max_clipping_norm: float = 1e6
+    max_deadline_ahead: float = 86_400.0
+    allow_not_private: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what the node's configuration said.
+
+        Raises:
+            ValueError: If a limit is not one.
+        """
+        if len(self.public_key) != 32:
+            raise ValueError(f"Expected a public_key of 32 bytes, got {len(self.public_key)}.")
+        checked_noise_multiplier(self.min_noise_multiplier)
+        if not is_unlimited(self.mu_max):
+            limit_units(self.mu_max)
+        if not 0 < self.min_clipping_norm <= self.max_clipping_norm < math.inf:
+            raise ValueError(
+                "Expected 0 < min_clipping_norm <= max_clipping_norm < inf, "
+                f"got min_clipping_norm={self.min_clipping_norm}, max_clipping_norm={self.max_clipping_norm}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Accepted:
+    """A broadcast that passed.
+
+    Attributes:
+        broadcast: The message.
+        event: The mechanism event of its RESERVE line; None for `fold_in`.
+        sequence: Last line of the ledger, to be stored before anything is answered.
+        head: The ledger's head there.
+    """
+
+    broadcast: Broadcast
+    event: Mapping[str, Any] | None
+    sequence: int
+    head: bytes
+
+
+def check(
+    payload: bytes,
+    signature: bytes,
+    policy: Policy,
+    *,
+    acknowledged: tuple[int, bytes],
+    now: float,
+    users: int = 0,
+) -> Accepted:
+    """Decide whether this node works for this broadcast.
+
+    Args:
+        payload: The encoded `Broadcast`.
+        signature: Ed25519 over `payload`.
+        policy: The node's own limits.
+        acknowledged: From `DeviceStore.acknowledged` for the ledger the policy is pinned to.
+        now: Unix time in seconds.
+        users: How many users the node would sum over.
+
+    Raises:
+        Refused: With a code of `REFUSAL_CODES`, and never another exception, whatever the message holds.
+    """
+    _check_signature(payload, signature, policy.public_key)
+    broadcast = _decoded(payload)
+    if policy.ledger_id not in (None, broadcast.ledger_id):
+        _refuse("ledger_unknown", f"the ledger {policy.ledger_id}", "another")
+    if users > policy.max_users_per_node:
+        _refuse("policy_users", f"at most {policy.max_users_per_node} users", users)
+    if not now <= broadcast.deadline <= now + policy.max_deadline_ahead:
+        _refuse("deadline", f"a deadline within {policy.max_deadline_ahead} s from now", broadcast.deadline)
+    _check_task(broadcast, policy)
+    if broadcast.purpose == "train":
+        line = _reserve_line(broadcast, policy.public_key)
+        sequence, head = replay(*acknowledged, broadcast.digests_from, broadcast.digests, [line.raw])
+        event = line.body["event"]
+        _check_event(event, broadcast, policy)
+        return Accepted(broadcast=broadcast, event=event, sequence=sequence, head=head)
+    if broadcast.purpose == "fold_in":
+        sequence, head = _follow(*acknowledged, broadcast)
+        return Accepted(broadcast=broadcast, event=None, sequence=sequence, head=head)
+    _refuse("purpose", "purpose train or fold_in", repr(broadcast.purpose))
+
+
+def _refuse(code: str, expected: str, got: object) -> NoReturn:
+    raise Refused(code, f"Expected {expected}, got {got}.")
+
+
+def _check_signature(payload: bytes, signature: bytes, public_key: bytes) -> None:
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, payload)
+    except (InvalidSignature, ValueError, TypeError):
+        _refuse("signature", "a broadcast signed by the ledger's key", "another signature")
+
+
+def _decoded(payload: bytes) -> Broadcast:
+    try:
+        broadcast = Broadcast.decode(payload)
+        model = broadcast.model
+        usable = (
+            all(a.dtype == np.float64 for a in (model.beta, model.U, broadcast.metric))
+            and model.beta.ndim == 1
+            and broadcast.digests.dtype == np.uint8
+            and len(broadcast.sealing_key) in (0, 32)
+            and all(0 < variance < math.inf for variance in (model.b_variance, model.noise_variance))
+        )
+    except Refused:
+        raise
+    except Exception as error:  # whoever holds the key may sign anything, and a node answers with a code only
+        raise Refused("malformed", "Expected a broadcast, got bytes that are none.") from error
+    if not usable:
+        _refuse("malformed", "float64 arrays, positive variances and keys of 32 bytes", "something else")
+    return broadcast
+
+
+def _check_task(broadcast: Broadcast, policy: Policy) -> None:
+    d, r = broadcast.model.dimension, broadcast.model.rank
+    if not (0 < d <= policy.max_dimension and r <= min(d, policy.max_rank)):
+        _refuse("policy_shape", f"d <= {policy.max_dimension}, r <= {policy.max_rank} and r <= d", f"{d=}, {r=}")
+    family, sparsity = broadcast.task.get("family"), broadcast.task.get("sparsity", 0)
+    if not (isinstance(family, str) and family in policy.families):
+        _refuse("policy_shape", f"a family of {sorted(policy.families)}", "another")
+    if not (type(sparsity) is int and 0 <= sparsity <= d):
+        _refuse("policy_shape", "0 <= sparsity <= d", "another sparsity")
+
+
+def _reserve_line(broadcast: Broadcast, public_key: bytes) -> Line:
+    """The RESERVE line of this round, which alone says how the release is made."""
+    try:
+        (text,) = broadcast.lines
+        line = verify_line(text.encode("ascii"), public_key.hex())
+    except VerificationError as error:
+        code = "malformed" if isinstance(error, LedgerCorrupt) else "signature"
+        raise Refused(code, "Expected a ledger line signed by the ledger's key, got another.") from error
+    except ValueError as error:
+        raise Refused("malformed", "Expected one ledger line in ASCII, got another text.") from error
+    named = (line.kind, line.body.get("run"), line.body.get("round"))
+    if named != ("RESERVE", broadcast.run, broadcast.server_round):
+        _refuse("malformed", "the RESERVE line of this run and round", "another line")
+    return line
+
+
+def _follow(sequence: int, head: bytes, broadcast: Broadcast) -> tuple[int, bytes]:
+    """Sequence and head after the digests of a message without lines: it may bring nothing new."""
+    first, digests = broadcast.digests_from, broadcast.digests
+    last = first + len(digests) - 1
+    if broadcast.lines:
+        _refuse("malformed", "no ledger lines in a message that asks for no contribution", "some")
+    if first < 0 or first > sequence + 1:
+        _refuse("ledger_gap", f"digests from line {sequence + 1} or before", f"digests_from={first}")
+    if last < sequence:
+        _refuse("ledger_rollback", f"a ledger up to line {sequence} or beyond", f"line {last}")
+    if first == 0 and chain(ZERO_HEAD, digests[: sequence + 1]) != head:
+        _refuse("ledger_fork", f"the lines up to {sequence} as they were acknowledged", "others")
+    return last, chain(head, digests[sequence + 1 - first :])
+
+
+def _check_event(event: Mapping[str, Any], broadcast: Broadcast, policy: Policy) -> None:
+    """Check a mechanism event, whose fields and their types are known to be right, against the policy."""
+    if event["mechanism"] != "gaussian" or event["sampling"] != "none" or event["initialization"]:
+        _refuse("policy_shape", "one Gaussian release without sampling, from a gradient", "another mechanism")
+    _check_noise(event["noise"], event["noise_multiplier"], policy)
+    clipping_norm = float(event["clipping_norm"])
+    if not policy.min_clipping_norm <= clipping_norm <= policy.max_clipping_norm:
+        bounds = f"{policy.min_clipping_norm} <= clipping_norm <= {policy.max_clipping_norm}"
+        _refuse("policy_clipping", bounds, f"clipping_norm={event['clipping_norm']}")
+    _check_layout(event["groups"], event["grid_scale"], broadcast, policy)
+
+
+def _check_noise(noise: str, noise_multiplier: str, policy: Policy) -> None:
+    if noise != "aes-256-ctr" and not policy.allow_not_private:
+        _refuse("policy_not_private", "noise from a cryptographic source", f"noise={noise!r}")
+    if noise == "none":
+        return
+    try:
+        z = checked_noise_multiplier(noise_multiplier)
+        affordable = is_unlimited(policy.mu_max) or cost_units(noise_multiplier) <= limit_units(policy.mu_max)
+    except ValueError as error:
+        raise Refused("policy_noise", str(error)) from error
+    if z < checked_noise_multiplier(policy.min_noise_multiplier) or not affordable:
+        limits = f"noise_multiplier >= {policy.min_noise_multiplier} and >= 1/mu_max, mu_max={policy.mu_max}"
+        _refuse("policy_noise", limits, f"noise_multiplier={noise_multiplier}")
+
+
+def _check_layout(groups: Any, grid_scale: int, broadcast: Broadcast, policy: Policy) -> None:
+    model_size = broadcast.model.dimension * (broadcast.model.rank + 1)
+    named = [group["name"] for group in groups] == ["model", "scalars"]
+    if not (named and groups[0]["size"] == model_size and groups[1]["size"] == len(SCALARS)):
+        _refuse("policy_shape", f"groups model of d(r+1)={model_size} and {len(SCALARS)} scalars", "others")
+    shares = [Fraction(group["share"]) for group in groups]
+    if min(shares) <= 0 or sum(share**2 for share in shares) > 1 + _SHARE_SLACK:
+        _refuse("policy_shape", "positive shares whose squares sum to at most 1", "others")
+    if grid_scale not in GRID_SCALES or grid_scale > policy.max_grid_scale:
+        _refuse("policy_shape", f"a grid scale of {GRID_SCALES} up to {policy.max_grid_scale}", grid_scale)

@@ -1,0 +1,143 @@
+"""One node at work: from a signed broadcast to the bytes of a reply, in the order that keeps the promise.
+
+Guard, filter, computation, charge on disk, and only then the reply. Everything a user's data can influence is that
+user's integers; everything else is a refusal with a public code.
+"""
+
+import time
+from dataclasses import replace
+from hashlib import sha256
+
+import numpy as np
+
+from client.guard import Accepted, check
+from client.personalize import personalize
+from client.settings import NodeSettings
+from client.shard import Shard, total_contribution
+from client.sources import node_data
+from client.store import DeviceStore
+from client.store_file import FULL
+from common.errors import Refused
+from common.families import FAMILIES
+from common.model import PersonalState
+from common.records import Contribution, encode
+from privacy.layout import layout_of_event
+from privacy.participation import admit, cost_units, is_noiseless, is_unlimited, limit_units
+
+
+class NodeService:
+    """A node's users, store and policy for as long as the process lives."""
+
+    def __init__(self, settings: NodeSettings, index: int, num_nodes: int) -> None:
+        """Read the data and open the store.
+
+        Args:
+            settings: The node's own configuration.
+            index: Flower's partition number; 0 where a node's source holds its own users only.
+            num_nodes: Into how many nodes the source is split; 1 likewise.
+        """
+        self._settings = settings
+        self._name = settings.name.format(partition=index)
+        self._population, self._schema = node_data(settings.data, settings.family, index, num_nodes)
+        self._store = DeviceStore.open(settings.store.format(partition=index), self._population.users)
+        self._shard = Shard(self._population, self._schema, FAMILIES[settings.family])
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
+    def identity(self) -> bytes:
+        """The node's name and how many users it hosts, as the server's registry has them."""
+        return encode({"name": self._name, "users": self._population.num_users}, {})
+
+    def contribute(self, payload: bytes, signature: bytes) -> bytes:
+        """The node's clipped integer sum for one release, charged to its users before this returns.
+
+        Raises:
+            Refused: For a reason that depends on the broadcast, the policy or the ledger, never on data.
+        """
+        accepted = self._check(payload, signature, "train")
+        broadcast, event = accepted.broadcast, accepted.event
+        if event is None:
+            raise Refused("purpose", "Expected a release to contribute to, got none.")
+        z = str(event["noise_multiplier"])
+        cost = FULL if is_noiseless(z) else cost_units(z)
+        mu_max = self._settings.mu_max
+        limit = FULL if is_unlimited(mu_max) else limit_units(mu_max)
+        users = self._population.users
+        # without a limit there is no promise to keep, and users go on contributing
+        spent = self._store.spent(users) if limit < FULL else np.zeros(len(users), np.int64)
+        admitted = admit(spent, cost, limit)
+        layout = layout_of_event(event)
+        total = total_contribution(
+            self._shard,
+            broadcast.model,
+            broadcast.metric,
+            sparsity=int(broadcast.task["sparsity"]),
+            clipping_norm=float(event["clipping_norm"]),
+            layout=layout,
+            admitted=admitted,
+        )
+        ledger_id, sequence = broadcast.ledger_id, accepted.sequence
+        self._store.charge(ledger_id, sequence, accepted.head, users, admitted, cost, limit=limit)
+        return Contribution(ledger_id=ledger_id, sequence=sequence, acknowledged=sequence, total=total).encode()
+
+    def fold_in(self, payload: bytes, signature: bytes) -> bytes:
+        """Personalize every user with the released model and keep the posteriors; nothing but "done" leaves.
+
+        Raises:
+            Refused: As `contribute`.
+        """
+        accepted = self._check(payload, signature, "fold_in")
+        broadcast = accepted.broadcast
+        digest = sha256(payload).digest()
+        with np.errstate(all="ignore"):
+            for chunk, batch in self._shard.batches():
+                solution = personalize(
+                    batch,
+                    broadcast.model,
+                    family=self._shard.family,
+                    sparsity=int(broadcast.task["sparsity"]),
+                    with_precision=True,
+                )
+                users = [self._population.users[i] for i in chunk.users]
+                self._store.save_states(users, _finite(solution.state(), broadcast.model.beta), digest)
+        self._store.acknowledge(broadcast.ledger_id, accepted.sequence, accepted.head)
+        return encode({"acknowledged": accepted.sequence}, {})
+
+    def _check(self, payload: bytes, signature: bytes, purpose: str) -> Accepted:
+        policy = self._settings.policy()
+        ledger_id = policy.ledger_id or self._store.pinned_ledger()
+        acknowledged = (-1, bytes(32)) if ledger_id is None else self._store.acknowledged(ledger_id)
+        accepted = check(
+            payload,
+            signature,
+            replace(policy, ledger_id=ledger_id),
+            acknowledged=acknowledged,
+            now=time.time(),
+            users=self._population.num_users,
+        )
+        if accepted.broadcast.purpose != purpose:
+            raise Refused("purpose", f"Expected a broadcast for {purpose}, got one for another purpose.")
+        if accepted.broadcast.task["family"] != self._settings.family:
+            raise Refused("policy_shape", "Expected this node's loss family, got another.")
+        if accepted.broadcast.model.dimension != self._schema.dimension:
+            raise Refused("policy_shape", "Expected a model of this node's features, got another dimension.")
+        return accepted
+
+
+def _finite(state: PersonalState, beta: np.ndarray[tuple[int], np.dtype[np.float64]]) -> PersonalState:
+    """Users whose numbers are not finite start from the prior."""
+    good = np.all(np.isfinite(state.theta), axis=1) & np.all(np.isfinite(state.precision), axis=(1, 2))
+    if good.all():
+        return state
+    r = state.w.shape[1]
+    prior = np.eye(state.precision.shape[1])
+    return PersonalState(
+        w=np.where(good[:, None], state.w, 0.0),
+        support=np.where(good[:, None], state.support, -1),
+        b=np.where(good[:, None], state.b, 0.0),
+        scale=np.where(good, state.scale, 1.0),
+        precision=np.where(good[:, None, None], state.precision, prior * (np.arange(len(prior)) < r)),
+        theta=np.where(good[:, None], state.theta, beta),
+    )

@@ -1,0 +1,424 @@
+"""What a node keeps: privacy filters, answered sequences and personal states, in one SQLite file.
+
+Every charge is one transaction, on disk before a reply may leave. A filter belongs to the (user, node) and
+counts what was spent on every ledger this store has answered: it never goes down, which the schema itself
+checks, and it outlives `forget`. User names are not stored: a user is the HMAC of the name under the store's
+own random key, so what is left of a forgotten user is that tag and its filter.
+"""
+
+import hmac
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from client.store_file import FULL, MEMORY, connect, shred_set_aside_files, storage_errors
+from common.errors import Refused, StorageError, UmbelError
+from common.model import Array, IntArray, PersonalState, SharedModel
+
+NOTHING_ACKNOWLEDGED = (-1, bytes(32))
+"""The sequence and head before a node has verified any line of a ledger."""
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredStates:
+    """What is kept of the posteriors of n users; theta is not, as it follows from the model.
+
+    Attributes:
+        found: `n` bool; the other fields are zero, and -1 in `support`, where there is no state.
+        model_digest: `n x 32` uint8, which model each state was computed with.
+        w: `n x r`.
+        support: `n x k` int64.
+        b: `n x k`.
+        scale: `n`.
+        precision: `n x (r+k) x (r+k)`.
+    """
+
+    found: BoolArray
+    model_digest: npt.NDArray[np.uint8]
+    w: Array
+    support: IntArray
+    b: Array
+    scale: Array
+    precision: Array
+
+    def with_model(self, model: SharedModel) -> PersonalState:
+        """The states as posteriors under the model they came from; the prior where none was found."""
+        columns = np.maximum(self.support, 0)
+        theta = model.beta + self.w @ model.U.T
+        np.add.at(theta, (np.arange(len(theta))[:, None], columns), np.where(self.support >= 0, self.b, 0.0))
+        rank, sparsity = self.w.shape[1], self.b.shape[1]
+        prior = np.diag([1.0] * rank + [1 / model.b_variance] * sparsity)
+        return PersonalState(
+            w=self.w,
+            support=self.support,
+            b=self.b,
+            scale=np.where(self.found, self.scale, 1.0),
+            precision=np.where(self.found[:, None, None], self.precision, prior),
+            theta=theta,
+        )
+
+
+class DeviceStore:
+    """The durable memory of one node. Open it with `DeviceStore.open`; it is also a context manager.
+
+    A forgotten user has a full filter and no state, until enrolled again by `open`.
+
+    Several threads may use one store, and several processes one file: transactions are serialised, and one
+    that has to wait for more than ten seconds raises `StorageError`. No filter is cached, so what failed to
+    reach the disk is not charged in memory either.
+    """
+
+    def __init__(self, path: str, users: Sequence[str]) -> None:
+        """Not for callers: see `open`."""
+        self._path = path
+        self._lock = threading.RLock()
+        self._connection, self._file_lock = connect(path)
+        try:
+            self._enrol(users)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path, users: Sequence[str]) -> Self:
+        """Open or make the store at `path` (or ":memory:") and enrol those of `users` it does not know.
+
+        A user who was forgotten and is enrolled again keeps the filter. Users already in the store stay.
+
+        Raises:
+            StorageError: If the disk fails or another process keeps the store locked.
+            UmbelError: If the file is a database of something else, or of a newer version of this program.
+            ValueError: If a user is named twice.
+        """
+        if len(set(users)) != len(users):
+            raise ValueError("Expected each user once, got a repeated name. Merge the user's rows.")
+        return cls(str(path), users)
+
+    def close(self) -> None:
+        """Close the file; the store is of no use afterwards."""
+        with self._lock, storage_errors():
+            self._connection.close()
+            if self._file_lock is not None:
+                os.close(self._file_lock)
+                self._file_lock = None
+
+    def __enter__(self) -> Self:
+        """The store itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the file."""
+        self.close()
+
+    def spent(self, users: Sequence[str]) -> IntArray:
+        """What each user has been charged so far on this node.
+
+        Returns:
+            `n` int64 in units of 2^-50, in the order of `users`; `FULL` where a filter was lost with a
+            damaged file or the user is forgotten.
+        """
+        with self._transaction(write=False) as connection:
+            ids = self._ids_of(users)
+            found = connection.execute(
+                "SELECT users.id, iif(forgotten, ?, spent) FROM json_each(?) CROSS JOIN users ON users.id = value",
+                (FULL, json.dumps(ids)),
+            )
+            spent = dict(found.fetchall())
+        return np.array([spent[i] for i in ids], np.int64)
+
+    def acknowledged(self, ledger_id: str) -> tuple[int, bytes]:
+        """Sequence and head of the last line of this ledger that the node verified and stored."""
+        with self._transaction(write=False) as connection:
+            return _acknowledged(connection, ledger_id)
+
+    def pinned_ledger(self) -> str | None:
+        """The first ledger this store acknowledged: a node without a configured ledger trusts no other."""
+        with self._transaction(write=False) as connection:
+            row = connection.execute("SELECT ledger_id FROM ledgers ORDER BY id LIMIT 1").fetchone()
+        return None if row is None else str(row[0])
+
+    def acknowledge(self, ledger_id: str, sequence: int, head: bytes) -> None:
+        """Store that the ledger was verified up to `sequence`, for a message that asks for no contribution.
+
+        Raises:
+            Refused: With code `ledger_rollback` or `ledger_fork`, if more or something else was acknowledged.
+        """
+        with self._transaction(write=True) as connection:
+            _advance(connection, ledger_id, sequence, head)
+
+    def charge(  # noqa: PLR0917 -- one answer is one fact: where, what line, who, how much
+        self,
+        ledger_id: str,
+        sequence: int,
+        head: bytes,
+        users: Sequence[str],
+        mask: BoolArray,
+        cost: int,
+        *,
+        limit: int = FULL,
+    ) -> None:
+        """Record an answer, all of it or nothing; only after this returned may the reply leave.
+
+        Args:
+            ledger_id: Ledger of the release.
+            sequence: Sequence number of its RESERVE line.
+            head: The ledger's head after that line.
+            users: The users the node computed for.
+            mask: `n` bool, whose contribution is in the reply.
+            cost: What each of them is charged, in units of 2^-50; `FULL` or more for a release without noise.
+            limit: No filter may exceed it. Below `FULL` it is checked again here, under the write lock.
+
+        Raises:
+            Refused: With code `replayed` if this sequence was answered before, `ledger_rollback` or
+                `ledger_fork`
+                if more or something else was acknowledged.
+            StorageError: If the disk fails; nothing was charged.
+            ValueError: If an argument is out of range, or a charged user has too little left or was forgotten.
+        """
+        mask = np.asarray(mask)
+        if mask.dtype != np.bool_ or mask.shape != (len(users),):
+            raise ValueError(f"Expected {len(users)} booleans, got mask of {mask.dtype} and shape {mask.shape}.")
+        if cost <= 0:
+            raise ValueError(f"Expected 0 < cost, got {cost=}.")
+        cost = min(cost, FULL)
+        with self._transaction(write=True) as connection:
+            if connection.execute(
+                "SELECT 1 FROM charges WHERE ledger_id = ? AND sequence = ?", (ledger_id, sequence)
+            ).fetchone():
+                raise Refused("replayed", "Expected a sequence that was not answered before, got an answered one.")
+            _advance(connection, ledger_id, sequence, head)
+            ids = np.array(self._ids_of(users), np.int64)[mask]
+            connection.execute(
+                "INSERT INTO charges (ledger_id, sequence, cost, charged) VALUES (?, ?, ?, ?)",
+                (ledger_id, sequence, cost, _to_bitmap(ids)),
+            )
+            _raise_filters(connection, json.dumps(ids.tolist()), cost, limit)
+
+    def charged(self, ledger_id: str, sequence: int, users: Sequence[str]) -> BoolArray | None:
+        """Who was charged when this sequence was answered, in the order of `users`; None if it was not."""
+        with self._transaction(write=False) as connection:
+            ids = np.array(self._ids_of(users), np.int64)
+            row = connection.execute(
+                "SELECT charged FROM charges WHERE ledger_id = ? AND sequence = ?", (ledger_id, sequence)
+            ).fetchone()
+        return None if row is None else np.isin(ids, _from_bitmap(row[0]))
+
+    def save_states(self, users: Sequence[str], state: PersonalState, model_digest: bytes) -> None:
+        """Keep the posteriors of `users`, all of them or none, in place of earlier ones.
+
+        Those of forgotten users are dropped.
+
+        Args:
+            users: In the order of the state's rows.
+            state: r + 2k numbers, the scale and the precision are kept as float64, theta is not.
+            model_digest: 32 bytes that name the model the state was computed with.
+        """
+        if len(model_digest) != 32 or len(state.w) != len(users):
+            raise ValueError(
+                f"Expected a state of {len(users)} users and a digest of 32 bytes, "
+                f"got {len(state.w)} users and {len(model_digest)} bytes."
+            )
+        records = _pack(state)
+        width, data = records.shape[1] * 8, records.tobytes()
+        rank, sparsity = state.w.shape[1], state.b.shape[1]
+        with self._transaction(write=True) as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO states (user, rank, sparsity, model_digest, record) "
+                "SELECT ?1, ?2, ?3, ?4, ?5 FROM users WHERE id = ?1 AND NOT forgotten",
+                (
+                    (user, rank, sparsity, model_digest, data[i * width : (i + 1) * width])
+                    for i, user in enumerate(self._ids_of(users))
+                ),
+            )
+
+    def load_states(self, users: Sequence[str], layout: tuple[int, int] | None = None) -> StoredStates:
+        """The posteriors of `users`, in their order.
+
+        Args:
+            users: Any users of this store.
+            layout: Rank and sparsity to look for, by default those of the first user with a state; users with
+                a state of another layout are not found.
+        """
+        with self._transaction(write=False) as connection:
+            ids = self._ids_of(users)
+            rows = connection.execute(
+                "SELECT user, rank, sparsity, model_digest, record FROM json_each(?) CROSS JOIN states ON user = value",
+                (json.dumps(ids),),
+            ).fetchall()
+        rank, sparsity = layout or next(((row[1], row[2]) for row in rows), (0, 0))
+        return _unpack(ids, [row for row in rows if row[1:3] == (rank, sparsity)], rank, sparsity)
+
+    def forget(self, user: str) -> None:
+        """Erase a user's states and charge records from the file, its log and every file set aside from it.
+
+        What stays is the tag and the filter. If this fails or the process dies, the next `open` finishes the
+        erasure.
+
+        Raises:
+            StorageError: If the disk fails or another process reads the store and so keeps its log alive.
+            UmbelError: If the store does not know this user.
+        """
+        with self._transaction(write=True) as connection:
+            row = connection.execute("SELECT id FROM users WHERE tag = ?", (self._tag(user),)).fetchone()
+            if row is None:
+                raise UmbelError("Expected a user of this store, got one it does not know. Check the name.")
+            connection.execute("DELETE FROM states WHERE user = ?", row)
+            connection.execute("UPDATE users SET forgotten = 1 WHERE id = ?", row)
+            connection.execute("UPDATE device SET erasing = 1")
+            for rowid, charged in connection.execute("SELECT rowid, charged FROM charges").fetchall():
+                others = _to_bitmap(np.setdiff1d(_from_bitmap(charged), row))
+                connection.execute("UPDATE charges SET charged = ? WHERE rowid = ?", (others, rowid))
+        self._erase()
+
+    def _erase(self) -> None:
+        """Leave no copy of deleted bytes.
+
+        `secure_delete` overwrites what is deleted, but not what a b-tree page left behind when it was split
+        (seen for about one deleted row in a hundred), so the file is written anew and its log emptied.
+        """
+        with self._lock, storage_errors():
+            self._connection.execute("VACUUM")
+            ((busy, _, _),) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            if busy:
+                raise StorageError(
+                    "Expected to be alone with the device store, got another reader; the state is deleted, "
+                    "but a copy is still in the log. Stop the other process and forget the user again."
+                )
+            if self._path != MEMORY:
+                shred_set_aside_files(Path(self._path))
+            self._connection.execute("UPDATE device SET erasing = 0")
+
+    def _enrol(self, users: Sequence[str]) -> None:
+        with self._transaction(write=True) as connection:
+            ((self._key, new_user_spent, erasing),) = connection.execute(
+                "SELECT key, new_user_spent, erasing FROM device"
+            )
+            tags = [self._tag(user) for user in users]
+            connection.executemany(
+                "INSERT INTO users (tag, spent) VALUES (?, ?) "
+                "ON CONFLICT (tag) DO UPDATE SET forgotten = 0 WHERE forgotten",
+                [(tag, new_user_spent) for tag in tags],
+            )
+            ids = dict(connection.execute("SELECT tag, id FROM users").fetchall())
+        # No row is ever removed or numbered anew, so these stay right whatever other processes do.
+        self._ids = {user: ids[tag] for user, tag in zip(users, tags, strict=True)}
+        if erasing:
+            self._erase()
+
+    @contextmanager
+    def _transaction(self, *, write: bool) -> Iterator[sqlite3.Connection]:
+        connection = self._connection
+        with self._lock, storage_errors():
+            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def _tag(self, user: str) -> bytes:
+        return hmac.digest(self._key, user.encode(), "sha256")
+
+    def _ids_of(self, users: Sequence[str]) -> list[int]:
+        try:
+            ids = [self._ids[user] for user in users]
+        except KeyError:
+            raise ValueError("Expected users that were enrolled, got an unknown one. Name it in `open`.") from None
+        if len(set(ids)) != len(ids):
+            raise ValueError("Expected each user once, got a repeated one.")
+        return ids
+
+
+def _acknowledged(connection: sqlite3.Connection, ledger_id: str) -> tuple[int, bytes]:
+    row = connection.execute("SELECT sequence, head FROM ledgers WHERE ledger_id = ?", (ledger_id,)).fetchone()
+    return NOTHING_ACKNOWLEDGED if row is None else (row[0], row[1])
+
+
+def _advance(connection: sqlite3.Connection, ledger_id: str, sequence: int, head: bytes) -> None:
+    if sequence < 0 or len(head) != 32:
+        raise ValueError(f"Expected 0 <= sequence and a head of 32 bytes, got {sequence=} and {len(head)} bytes.")
+    moved = connection.execute(
+        "INSERT INTO ledgers (ledger_id, sequence, head) VALUES (?, ?, ?) ON CONFLICT (ledger_id) DO UPDATE "
+        "SET sequence = excluded.sequence, head = excluded.head "
+        "WHERE excluded.sequence > sequence OR (excluded.sequence = sequence AND excluded.head = head)",
+        (ledger_id, sequence, head),
+    )
+    if moved.rowcount == 0:
+        known, _ = _acknowledged(connection, ledger_id)
+        raise Refused(
+            "ledger_rollback" if sequence < known else "ledger_fork",
+            f"Expected the ledger to go on from sequence {known}, got {sequence=}.",
+        )
+
+
+def _raise_filters(connection: sqlite3.Connection, ids: str, cost: int, limit: int) -> None:
+    ((barred,),) = connection.execute(
+        "SELECT EXISTS (SELECT 1 FROM json_each(?) CROSS JOIN users ON users.id = value WHERE forgotten OR spent > ?)",
+        (ids, limit - cost if limit < FULL else FULL),
+    )
+    if barred:
+        raise ValueError("Expected only users that stay within `limit` in `mask`, got another. Admit them first.")
+    # Saturating, because SQLite would turn a sum beyond 2^63 into a float.
+    connection.execute(
+        "UPDATE users SET spent = iif(spent > ?1 - ?2, ?1, spent + ?2) WHERE id IN (SELECT value FROM json_each(?3))",
+        (FULL, cost, ids),
+    )
+
+
+def _to_bitmap(ids: IntArray) -> bytes:
+    """Bit i for row id i, the lowest bit of each byte first."""
+    bits = np.zeros(int(ids.max(initial=-1)) + 1, np.uint8)
+    bits[ids] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def _from_bitmap(bitmap: bytes) -> IntArray:
+    return np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little"))
+
+
+def _pack(state: PersonalState) -> Array:
+    """One row a user: w, support, b, scale, upper triangle of the precision, as little-endian float64."""
+    rows, columns = np.triu_indices(state.precision.shape[1])
+    parts = (state.w, state.support, state.b, state.scale[:, None], state.precision[:, rows, columns])
+    return np.concatenate(parts, axis=1).astype("<f8")
+
+
+def _unpack(ids: list[int], rows: list[tuple[Any, ...]], rank: int, sparsity: int) -> StoredStates:
+    size = rank + sparsity
+    upper = np.triu_indices(size)
+    width = rank + 2 * sparsity + 1 + upper[0].size
+    records = np.zeros((len(ids), width))
+    records[:, rank : rank + sparsity] = -1
+    digests = np.zeros((len(ids), 32), np.uint8)
+    found = np.zeros(len(ids), np.bool_)
+    if rows:
+        place = {user: position for position, user in enumerate(ids)}
+        index = [place[row[0]] for row in rows]
+        records[index] = np.frombuffer(b"".join(row[4] for row in rows), "<f8").reshape(-1, width)
+        digests[index] = np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, 32)
+        found[index] = True
+    w, support, b, scale, triangle = np.split(records, np.cumsum([rank, sparsity, sparsity, 1]).tolist(), axis=1)
+    precision = np.zeros((len(ids), size, size))
+    precision[:, upper[0], upper[1]] = triangle
+    precision[:, upper[1], upper[0]] = triangle
+    return StoredStates(
+        found=found,
+        model_digest=digests,
+        w=w,
+        support=support.astype(np.int64),
+        b=b,
+        scale=scale[:, 0],
+        precision=precision,
+    )

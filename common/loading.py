@@ -1,0 +1,343 @@
+"""From a configured source to a population and its public schema: the only place that knows the formats.
+
+Bad rows are named with file, row and column, never with the value. What is public (items, ranges and
+vocabularies) comes from the configuration or from public files and never from pooling users' rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.config import DataConfig, Family
+from common.data import (
+    DataSchema,
+    DenseFeatures,
+    Features,
+    ItemFeatures,
+    KeyArray,
+    Population,
+    example_keys,
+    limit_examples,
+    row_hashes,
+    text_hashes,
+)
+from common.encoding import ItemTable, encode_features, read_catalogue, read_item_features
+from common.errors import DataError
+from common.model import Array, IntArray
+from common.movielens import TARGET_OFFSET, TARGET_RANGE, find_preset, read_movies
+from common.synthetic import SyntheticTruth, draw_population
+from common.tables import (
+    BoolArray,
+    Cells,
+    Check,
+    Layout,
+    as_numbers,
+    as_texts,
+    as_times,
+    bad_rows,
+    column_names,
+    completeness,
+    describe_bad_rows,
+    number_check,
+    read_cells,
+    text_check,
+)
+
+_SHOWN_BAD_ROWS = 20
+_ALIASES = {
+    "user": ("user", "user_id", "userId"),
+    "item": ("item", "item_id", "itemId", "movieId"),
+    "target": ("target", "y", "label", "rating"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """What was read.
+
+    Attributes:
+        population: The users and their examples.
+        schema: What is public about them.
+        format: How the source was read, after "auto".
+        bad_rows: One line for each of the first bad rows that were dropped.
+        num_bad_rows: How many rows were dropped.
+        num_clipped: How many targets and features lay outside their declared range and were clipped to it.
+        truth: The parameters behind a synthetic population.
+    """
+
+    population: Population
+    schema: DataSchema
+    format: str
+    bad_rows: tuple[str, ...] = ()
+    num_bad_rows: int = 0
+    num_clipped: int = 0
+    truth: SyntheticTruth | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rows:
+    """The columns every format has, before bad rows are dropped; all of length N."""
+
+    cells: Cells
+    users: list[str]
+    target: Array
+    weight: Array | None
+    time: Array | None
+    event: list[str] | None
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Inputs:
+    """What the format makes of the other columns; features and hashes of length N."""
+
+    features: Features
+    item_hash: KeyArray | None
+    names: tuple[str, ...]
+    second_moment: Array
+    checks: tuple[Check, ...]
+    num_clipped: int = 0
+
+
+def load(data: DataConfig, family: Family = "squared") -> Loaded:
+    """Read the source that the configuration names.
+
+    Args:
+        data: The section `data`.
+        family: The loss: `squared` needs a declared range of the target, `logistic` targets 0 and 1.
+
+    Returns:
+        The population, with at most `max_examples` of each user, and its schema.
+
+    Raises:
+        DataError: If a file, column or declaration is missing, or a row is bad and `on_bad_rows` is "error".
+    """
+    if data.source == "synthetic":
+        return _load_synthetic(data, family)
+    path = Path(data.source)
+    if not path.exists():
+        raise DataError(f"Expected a file or folder, got data.source={data.source!r}. Correct the path.")
+    if path.is_dir():
+        return _load_movielens(path, data, family)
+    if data.format.startswith("movielens"):
+        raise DataError(f"Expected a folder for data.format={data.format!r}, got data.source={data.source!r}.")
+    if data.format == "ratings" or (data.format == "auto" and (data.item_features or data.catalogue)):
+        return _load_ratings(path, data, family)
+    return _load_table(path, data, family)
+
+
+def _load_synthetic(data: DataConfig, family: Family) -> Loaded:
+    drawn = data.synthetic
+    population, schema, truth = draw_population(**drawn.model_dump(), family=family)
+    population = limit_examples(population, data.max_examples)
+    return Loaded(population=population, schema=schema, format="synthetic", truth=truth)
+
+
+def _load_movielens(folder: Path, data: DataConfig, family: Family) -> Loaded:
+    if data.format in ("ratings", "table"):
+        raise DataError(f"Expected a file for data.format={data.format!r}, got the folder {folder}.")
+    if family != "squared":
+        raise DataError(
+            f"Expected model.family='squared' for ratings from 1 to 5, got model.family={family!r}. "
+            "For likes, write a table of 0 and 1 and declare data.item_features."
+        )
+    name, preset = find_preset(folder, data.format)
+    items = read_movies(folder / preset.movies)
+    declared = data.model_copy(
+        update={
+            "target_range": data.target_range or TARGET_RANGE,
+            "target_offset": TARGET_OFFSET if data.target_offset is None else data.target_offset,
+        }
+    )
+    return _load_items(folder / preset.ratings, declared, family, items, name=name, layout=preset.layout)
+
+
+def _load_ratings(path: Path, data: DataConfig, family: Family) -> Loaded:
+    if data.item_features:
+        public = Path(data.item_features)
+        item = _column("item", data.item, column_names(public), public)
+        items = read_item_features(public, item, data.features)
+    elif data.catalogue:
+        items = read_catalogue(Path(data.catalogue))
+    else:
+        raise DataError(
+            "Expected data.item_features or data.catalogue for ratings, got neither. The items must come "
+            "from a public list, not from what users rated: write the item ids to a file, one a line, and "
+            "name it in data.catalogue."
+        )
+    return _load_items(path, data, family, items, name="ratings")
+
+
+def _load_items(
+    path: Path, data: DataConfig, family: Family, items: ItemTable, *, name: str, layout: Layout | None = None
+) -> Loaded:
+    column = _column("item", data.item, column_names(path, table=data.table, layout=layout), path)
+    rows = _read_rows(path, layout, data, family, [column])
+    ids = as_texts(rows.cells.columns[column])
+    item = np.fromiter((items.index.get(i, -1) for i in ids), dtype=np.int32, count=len(ids))
+    inputs = _Inputs(
+        features=ItemFeatures(item, items.table),
+        item_hash=text_hashes(items.index, kind="item")[item],
+        names=items.names,
+        second_moment=items.second_moment,
+        checks=(Check(column=column, expected="an item of the public list", bad=item < 0),),
+    )
+    return _assemble(rows, inputs, data, family, name)
+
+
+def _load_table(path: Path, data: DataConfig, family: Family) -> Loaded:
+    if not data.features:
+        known = column_names(path, table=data.table)
+        raise DataError(
+            "Expected data.features, the columns to learn from with their public ranges, got none. "
+            f"The columns of {path.name} are: {', '.join(known)}. For ratings, declare data.item_features "
+            "or data.catalogue."
+        )
+    rows = _read_rows(path, None, data, family, [feature.name for feature in data.features])
+    encoded = encode_features(rows.cells.columns, data.features)
+    inputs = _Inputs(
+        features=DenseFeatures(encoded.X),
+        item_hash=None,
+        names=encoded.names,
+        second_moment=np.diag(encoded.declared_moment),
+        checks=encoded.checks,
+        num_clipped=encoded.num_clipped,
+    )
+    return _assemble(rows, inputs, data, family, "table")
+
+
+def _column(role: str, declared: str | None, known: Sequence[str], path: Path) -> str:
+    """The column that plays a role: the declared one, or the first of its usual names that there is."""
+    candidates = (declared,) if declared else _ALIASES[role]
+    for name in candidates:
+        if name in known:
+            return name
+    raise DataError(
+        f"{path.name}: Expected the {role} in a column {' or '.join(map(repr, candidates))}, got none. "
+        f"Set data.{role} to one of: {', '.join(known)}."
+    )
+
+
+def _read_rows(path: Path, layout: Layout | None, data: DataConfig, family: Family, others: Sequence[str]) -> _Rows:
+    known = column_names(path, table=data.table, layout=layout)
+    user = _column("user", data.user, known, path)
+    target = _column("target", data.target, known, path)
+    if target in others or user in others:
+        raise DataError("Expected data.features without the columns of user and target, got one of them there.")
+    optional = [name for name in (data.weight, data.timestamp, data.event_id) if name]
+    cells = read_cells(path, [user, target, *others, *optional], table=data.table, layout=layout)
+    users, y = as_texts(cells.columns[user]), as_numbers(cells.columns[target])
+    checks = [completeness(cells, known), text_check(user, users), number_check(target, y)]
+    if family == "logistic":
+        checks.append(Check(column=target, expected="0 or 1", bad=(y != 0) & (y != 1)))
+    weight = time = event = None
+    if data.weight:
+        weight = as_numbers(cells.columns[data.weight])
+        checks.append(Check(column=data.weight, expected="a finite number of at least 0", bad=~(weight >= 0)))
+    if data.timestamp:
+        time = as_times(cells.columns[data.timestamp])
+        expected = "seconds or an ISO 8601 time"
+        checks.append(Check(column=data.timestamp, expected=expected, bad=np.isnan(time)))
+    if data.event_id:
+        event = as_texts(cells.columns[data.event_id])
+        checks.append(text_check(data.event_id, event))
+        checks.append(_repeated_events(data.event_id, users, event, bad_rows(cells, checks)))
+    return _Rows(cells=cells, users=users, target=y, weight=weight, time=time, event=event, checks=tuple(checks))
+
+
+def _repeated_events(column: str, users: Sequence[str], event: Sequence[str], bad: BoolArray) -> Check:
+    seen: set[tuple[str, str]] = set()
+    repeated = np.zeros(len(users), dtype=np.bool_)
+    for i in np.flatnonzero(~bad).tolist():
+        pair = users[i], event[i]
+        repeated[i] = pair in seen
+        seen.add(pair)
+    return Check(column=column, expected="an event that no row above of this user has", bad=repeated)
+
+
+def _assemble(rows: _Rows, inputs: _Inputs, data: DataConfig, family: Family, name: str) -> Loaded:
+    """Drop bad rows, group the rest by user, and attach the public facts."""
+    low, high, offset = _declared_target(data, family)
+    checks = (*rows.checks, *inputs.checks)
+    bad = bad_rows(rows.cells, checks)
+    named = _handle_bad_rows(rows, checks, bad, data.on_bad_rows)
+    users, counts, order = _group(rows, np.flatnonzero(~bad))
+    y = rows.target[order] - offset
+    user_hash = np.repeat(text_hashes(users, kind="user"), counts)
+    population = Population(
+        users=users,
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        y=np.clip(y, low, high),
+        weight=None if rows.weight is None else rows.weight[order],
+        features=inputs.features.take(order),
+        key=example_keys(user_hash, _example_hashes(rows, inputs, counts, order)),
+    )
+    schema = DataSchema(
+        feature_names=inputs.names,
+        feature_second_moment=inputs.second_moment,
+        target_range=(low, high),
+        target_offset=offset,
+        feature_bound=1.0,
+    )
+    return Loaded(
+        population=limit_examples(population, data.max_examples),
+        schema=schema,
+        format=name,
+        bad_rows=named,
+        num_bad_rows=int(bad.sum()),
+        num_clipped=inputs.num_clipped + int(((y < low) | (y > high)).sum()),
+    )
+
+
+def _declared_target(data: DataConfig, family: Family) -> tuple[float, float, float]:
+    """Lowest and highest target after the offset, and the offset."""
+    if family == "logistic":
+        return 0.0, 1.0, 0.0
+    if data.target_range is None:
+        raise DataError(
+            "Expected data.target_range, the lowest and highest target, got none. It must be declared, "
+            "because computing it from users' data would cost privacy: for example target_range = [1, 5]."
+        )
+    low, high = data.target_range
+    offset = low / 2 + high / 2 if data.target_offset is None else data.target_offset
+    return low - offset, high - offset, offset
+
+
+def _handle_bad_rows(rows: _Rows, checks: Sequence[Check], bad: BoolArray, on_bad_rows: str) -> tuple[str, ...]:
+    """Name the bad rows, and the users who are left with none; raise for the first where that is asked."""
+    if not bad.any():
+        return ()
+    named = describe_bad_rows(rows.cells, checks, limit=_SHOWN_BAD_ROWS)
+    others = int(bad.sum()) - 1
+    if on_bad_rows == "error":
+        more = f" {others} more rows are bad." if others else ""
+        remedy = 'Correct them, or set data.on_bad_rows = "skip" to drop and count them.'
+        raise DataError(f"{named[0]}{more} {remedy}")
+    if bad.all():
+        raise DataError(f"{named[0]} No row is usable: {others} more are bad. Correct the file or its columns.")
+    with_data = {rows.users[i] for i in np.flatnonzero(~bad)}
+    lost = {rows.users[i]: i for i in np.flatnonzero(bad)[::-1] if rows.users[i] and rows.users[i] not in with_data}
+    if lost:
+        row = rows.cells.rows[min(lost.values())]
+        named.append(f"{rows.cells.file}: {len(lost)} users have no usable row; the first of them is in row {row}.")
+    return tuple(named)
+
+
+def _group(rows: _Rows, good: IntArray) -> tuple[tuple[str, ...], IntArray, IntArray]:
+    """Users by first appearance, their numbers of examples, and the good rows by user and then by time."""
+    codes: dict[str, int] = {}
+    users = rows.users
+    code = np.fromiter((codes.setdefault(users[i], len(codes)) for i in good.tolist()), np.int64, good.size)
+    order = np.argsort(code, kind="stable") if rows.time is None else np.lexsort((rows.time[good], code))
+    return tuple(codes), np.bincount(code, minlength=len(codes)), good[order]
+
+
+def _example_hashes(rows: _Rows, inputs: _Inputs, counts: IntArray, order: IntArray) -> KeyArray:
+    """What tells a user's examples apart: the item, else the event, else the place among the user's rows."""
+    if inputs.item_hash is not None:
+        return inputs.item_hash[order]
+    if rows.event is not None:
+        return text_hashes((rows.event[i] for i in order.tolist()), kind="event")
+    return row_hashes(counts)

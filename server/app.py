@@ -1,0 +1,75 @@
+"""The ServerApp: Flower's messages in and out of the round loop, and nothing else."""
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from common import wire
+from common.errors import Refused, UmbelError
+from privacy.keys import load_key
+from privacy.ledger import PrivacyLedger
+from server.registry import load_registry
+from server.settings import load_run
+from server.training import Answer, train
+
+_POLL_SECONDS = 0.1
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train the run whose folder the run configuration names."""
+    root = str(context.run_config.get("run-folder", ""))
+    if not root:
+        raise UmbelError("Expected run-folder in the run configuration to name the run's folder, got none.")
+    settings = load_run(Path(root))
+    key = load_key(settings.place.key)
+    with PrivacyLedger.open(settings.place.ledger, key=key) as ledger:
+        train(settings, ledger, load_registry(settings.place.registry), FlowerNodes(grid), key.sign)
+
+
+class FlowerNodes:
+    """The nodes behind a Flower grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def node_ids(self) -> list[int]:
+        """Nodes that are connected."""
+        return list(self._grid.get_node_ids())
+
+    def ask(
+        self, node_ids: Iterable[int], action: str, payload: bytes, signature: bytes, timeout: float
+    ) -> Iterator[Answer]:
+        """One message to each node; yields what comes back in time, mapped by the message it answers."""
+        until = time.monotonic() + timeout
+        messages = [
+            wire.request(payload, signature, node_id=node_id, action=action, ttl=timeout) for node_id in node_ids
+        ]
+        receivers = [message.metadata.dst_node_id for message in messages]
+        # an error's source can be SuperLink, so a reply is known by the message that it answers
+        waiting = dict(zip(self._grid.push_messages(messages), receivers, strict=True))
+        receiver_of = dict(waiting)
+        while waiting and time.monotonic() < until:
+            replies = list(self._grid.pull_messages(list(waiting)))
+            for reply in replies:
+                message_id = reply.metadata.reply_to_message_id
+                waiting.pop(message_id, None)
+                if message_id in receiver_of:
+                    yield _read(reply, receiver_of[message_id])
+            if not replies:
+                time.sleep(_POLL_SECONDS)
+
+
+def _read(reply: Message, node_id: int) -> Answer:
+    try:
+        content = wire.read_answer(reply)
+    except Refused as refused:
+        return Answer(node_id=node_id, code=refused.code)
+    if isinstance(content, wire.Refusal):
+        return Answer(node_id=node_id, code=content.code)
+    return Answer(node_id=node_id, payload=content)

@@ -1,0 +1,102 @@
+"""The server's state on disk: only functions of releases, so a checkpoint may be seen by anybody."""
+
+from dataclasses import fields
+from pathlib import Path
+
+from common.data import DataSchema
+from common.files import pack, unpack, write_durably
+from common.model import SharedModel
+from server.rounds import ServerState
+
+_KEPT = 2
+
+
+def save_state(folder: Path, state: ServerState, sequence: int) -> None:
+    """Write the state after the release of ledger line `sequence`, and drop all but the newest two.
+
+    Raises:
+        StorageError: If the disk fails; the newest checkpoint that was there still is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        "beta": state.model.beta,
+        "U": state.model.U,
+        "velocity": state.velocity,
+        "inverse_moment": state.inverse_moment,
+    }
+    facts = {
+        field.name: getattr(state, field.name)
+        for field in fields(state)
+        if field.name not in {"model", "velocity", "inverse_moment"}
+    }
+    facts |= {
+        "sequence": sequence,
+        "b_variance": state.model.b_variance,
+        "noise_variance": state.model.noise_variance,
+    }
+    write_durably(folder / f"{sequence:09d}.safetensors", pack(arrays, facts))
+    for old in sorted(folder.glob("*.safetensors"))[:-_KEPT]:
+        old.unlink()
+
+
+def load_state(folder: Path) -> tuple[ServerState, int] | None:
+    """The newest checkpoint and the ledger line whose release it follows; None where there is none.
+
+    Raises:
+        UmbelError: If the newest is not readable.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    arrays, facts = unpack(files[-1])
+    model = SharedModel(
+        beta=arrays["beta"],
+        U=arrays["U"],
+        b_variance=facts.pop("b_variance"),
+        noise_variance=facts.pop("noise_variance"),
+    )
+    sequence = int(facts.pop("sequence"))
+    state = ServerState(model=model, velocity=arrays["velocity"], inverse_moment=arrays["inverse_moment"], **facts)
+    return state, sequence
+
+
+def save_schema(path: Path, schema: DataSchema) -> None:
+    """Write the public facts about the data that server and nodes agree on."""
+    facts = {
+        "feature_names": list(schema.feature_names),
+        "target_range": list(schema.target_range),
+        "target_offset": schema.target_offset,
+        "feature_bound": schema.feature_bound,
+    }
+    write_durably(path, pack({"feature_second_moment": schema.feature_second_moment}, facts))
+
+
+def load_schema(path: Path) -> DataSchema:
+    """Inverse of `save_schema`."""
+    arrays, facts = unpack(path)
+    low, high = facts["target_range"]
+    return DataSchema(
+        feature_names=tuple(facts["feature_names"]),
+        feature_second_moment=arrays["feature_second_moment"],
+        target_range=(low, high),
+        target_offset=facts["target_offset"],
+        feature_bound=facts["feature_bound"],
+    )
+
+
+def save_model(path: Path, model: SharedModel, facts: dict[str, object]) -> None:
+    """Write a released model; `facts` are public and say what it is."""
+    variances = {"b_variance": model.b_variance, "noise_variance": model.noise_variance}
+    write_durably(path, pack({"beta": model.beta, "U": model.U}, {**facts, **variances}))
+
+
+def load_model(path: Path) -> tuple[SharedModel, dict[str, object]]:
+    """Inverse of `save_model`."""
+    arrays, facts = unpack(path)
+    model = SharedModel(
+        beta=arrays["beta"],
+        U=arrays["U"],
+        b_variance=float(facts.pop("b_variance")),
+        noise_variance=float(facts.pop("noise_variance")),
+    )
+    return model, facts

@@ -1,0 +1,58 @@
+"""Where training starts: from public knowledge alone, so that it costs no privacy."""
+
+import math
+
+import numpy as np
+
+from common.model import Array, SharedModel
+
+_INITIAL_SHARE = 0.2
+"""Share of the noise variance that U explains at the start, x'UU'x on a typical example."""
+_B_SHARE = 0.1
+"""Prior variance of a nonzero of b, in noise variances (features are at most about 1)."""
+
+
+def regularized_moment(S: Array) -> Array:
+    """The public second moment of the features, bounded away from singular.
+
+    Args:
+        S: `d x d`, positive semidefinite, from a public item table or declared ranges.
+
+    Returns:
+        S + .01 diag(S) + .1 tr(S)/d I.
+    """
+    d = len(S)
+    regularized: Array = S + 0.01 * np.diag(np.diag(S)) + 0.1 * np.trace(S) / d * np.eye(d)
+    return regularized
+
+
+def initial_model(
+    feature_second_moment: Array, rank: int, noise_variance: float, rng: np.random.Generator
+) -> SharedModel:
+    """beta = 0 and U along the leading principal directions of the public features.
+
+    Args:
+        feature_second_moment: S, `d x d`, public.
+        rank: Number of columns of U.
+        noise_variance: First guess, from the declared range of the target; 4, one over the largest curvature, for
+            the logistic family only scales U and b.
+        rng: Breaks ties between equal eigenvalues, at random.
+
+    Returns:
+        A prior under which x'U w has a fifth of the noise variance on a typical example.
+    """
+    S = regularized_moment(feature_second_moment)
+    tie_break = np.diag(rng.random(len(S))) * 1e-9 * np.trace(S) / len(S)
+    _, vectors = np.linalg.eigh(S + tie_break)
+    U = vectors[:, -rank:] if rank else vectors[:, :0]
+    if rank:
+        U = U * math.sqrt(_INITIAL_SHARE * noise_variance / np.trace(U.T @ S @ U))
+    return SharedModel(beta=np.zeros(len(S)), U=U, b_variance=_B_SHARE * noise_variance, noise_variance=noise_variance)
+
+
+def prior_noise_variance(target_range: tuple[float, float], family: str) -> float:
+    """First noise variance from the declared range: (range / 4)^2; 1 for families without one."""
+    if family != "squared":
+        return 1.0
+    low, high = target_range
+    return ((high - low) / 4) ** 2

@@ -1,0 +1,79 @@
+"""Who may be invited: the nodes of a population and how many users each hosts. Public, beside the ledger."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from common.errors import UmbelError
+from common.files import write_durably
+from common.records import canonical_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredNode:
+    """A node that may be invited.
+
+    Attributes:
+        name: As the node calls itself.
+        users: How many users it hosts.
+    """
+
+    name: str
+    users: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registry:
+    """All nodes of a population."""
+
+    nodes: tuple[RegisteredNode, ...]
+
+    @property
+    def population_size(self) -> int:
+        """Users in all."""
+        return sum(node.users for node in self.nodes)
+
+    @property
+    def users_per_node(self) -> int:
+        """The most users that one node hosts."""
+        return max((node.users for node in self.nodes), default=0)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical encoding, hex."""
+        return sha256(self._encoded()).hexdigest()
+
+    def users_of(self) -> dict[str, int]:
+        """Users by node name."""
+        return {node.name: node.users for node in self.nodes}
+
+    def save(self, path: Path) -> None:
+        """Write it durably."""
+        write_durably(path, self._encoded() + b"\n")
+
+    def _encoded(self) -> bytes:
+        return canonical_json({"nodes": [asdict(node) for node in self.nodes]})
+
+
+def registry_of(users_by_name: Iterable[tuple[str, int]]) -> Registry:
+    """A registry from names and user counts, in the order of the names."""
+    return Registry(nodes=tuple(RegisteredNode(name=n, users=u) for n, u in sorted(users_by_name)))
+
+
+def load_registry(path: Path) -> Registry:
+    """Read a registry.
+
+    Raises:
+        UmbelError: If the file is missing or is not a registry.
+    """
+    try:
+        entries = json.loads(path.read_text("utf-8"))["nodes"]
+        return registry_of((str(entry["name"]), int(entry["users"])) for entry in entries)
+    except OSError as error:
+        raise UmbelError(f"Expected a registry at {path}, got {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UmbelError(
+            f"Expected a registry at {path}, got something else. Restore it from the ledger's copy."
+        ) from error

@@ -1,0 +1,165 @@
+"""A round as a pure function: the released, noised means in, the next server state out.
+
+Everything here is post-processing of a release (it may be published), so it costs nothing, and nothing here could
+see an un-noised number. The step is gradient ascent on the users' average log marginal likelihood in (U, beta), in
+the metric R R' that a typical user's own estimate has as covariance; it shrinks where the release says that the
+gradient has fallen to the noise.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from common.model import Array, SharedModel
+from privacy.clipping import may_adapt, next_clipping_norm
+from privacy.layout import Layout, split_groups
+
+CLIPPING_BOUNDS = (1e-2, 1e3)
+"""Public bounds of the clipping norm, in units of the gradient in the metric."""
+_MOMENTUM = 0.5
+_STEP_DECAY = 0.5
+_LEAST_PROGRESS = 0.2
+_RELIABILITY_EXAMPLES = 10.0
+_RELIABILITY_BOUNDS = (0.2, 0.9)
+_FIRST_EFFECTIVE_EXAMPLES = 20.0
+_NOISE_VARIANCE_BOUNDS = (0.02, 4.0)
+_LEAST_PRESENCE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServerState:
+    """All that the server carries from round to round; every field is a function of releases and public constants.
+
+    Attributes:
+        server_round: Rounds applied so far.
+        model: The current prior.
+        velocity: `d x (r+1)`, momentum of (U, beta).
+        elapsed: Noise-weighted number of steps so far; the step size is 1 / (1 + elapsed / 2).
+        reliability_sum: Sum over rounds of the released mean reliability m / (m + 10).
+        effective_examples: Examples of a typical user, from the released reliability.
+        clipping_norm: C of the next round.
+        first_noise_variance: Where noise_variance started; it stays within public bounds around it.
+        inverse_moment: `d x d`, inverse of the regularized public second moment of the features.
+    """
+
+    server_round: int
+    model: SharedModel
+    velocity: Array
+    elapsed: float
+    reliability_sum: float
+    effective_examples: float
+    clipping_norm: float
+    first_noise_variance: float
+    inverse_moment: Array
+
+
+def initial_state(model: SharedModel, regularized_moment: Array, clipping_norm: float | None) -> ServerState:
+    """Before the first round.
+
+    Args:
+        model: From `server.initialization`.
+        regularized_moment: Public S, `d x d`, positive definite.
+        clipping_norm: A public constant, or None for the prior scale sqrt(d max(r, 1)) / 2.
+    """
+    d, r = model.U.shape
+    return ServerState(
+        server_round=0,
+        model=model,
+        velocity=np.zeros((d, r + 1)),
+        elapsed=0.0,
+        reliability_sum=0.0,
+        effective_examples=_FIRST_EFFECTIVE_EXAMPLES,
+        clipping_norm=0.5 * math.sqrt(d * max(r, 1)) if clipping_norm is None else clipping_norm,
+        first_noise_variance=model.noise_variance,
+        inverse_moment=np.asarray(np.linalg.inv(regularized_moment), np.float64),
+    )
+
+
+def public_metric(state: ServerState, family: str) -> Array:
+    """`d x d` lower triangular R with R R' = U U' + s2 / m S^-1, the covariance of a typical user's own estimate.
+
+    s2 is the noise variance, or 4 for the logistic family: one over its largest curvature.
+    """
+    model = state.model
+    noise_variance = model.noise_variance if family == "squared" else 4.0
+    spread = noise_variance / state.effective_examples * state.inverse_moment
+    return np.asarray(np.linalg.cholesky(model.U @ model.U.T + spread), np.float64)
+
+
+def apply_round(
+    state: ServerState,
+    noised: np.ndarray[tuple[int], np.dtype[np.int64]],
+    *,
+    layout: Layout,
+    clipping_norm: float,
+    noise_multiplier: float,
+    denominator: int,
+    adapt_clipping: bool,
+    family: str,
+    sparsity: int,
+) -> ServerState:
+    """Take one step from a released sum.
+
+    Args:
+        state: Before the round.
+        noised: `D` int64, the release: sum over users plus Gaussian noise, on the grid.
+        layout: Groups and grid of the release.
+        clipping_norm: C that the users clipped with.
+        noise_multiplier: z of the release; 0 without noise.
+        denominator: Users of the nodes invited, whoever answered.
+        adapt_clipping: Whether the configuration lets the clipping norm follow the released bits.
+        family: Loss family; only squared loss has a noise variance to learn.
+        sparsity: Cap on nonzeros of b while training; 0 leaves b_variance alone.
+
+    Returns:
+        After the round.
+    """
+    model, metric = state.model, public_metric(state, family)
+    d, r = model.U.shape
+    unit_mean, scalar_mean = split_groups(noised, layout, denominator)
+    gradient = clipping_norm * unit_mean.reshape(r + 1, d).T
+    noise_stddev = noise_multiplier * clipping_norm / (layout.groups[0].share * denominator)
+    signal = _signal_share(gradient, noise_stddev)
+    elapsed = state.elapsed + max(1 - signal, _LEAST_PROGRESS)
+    step = 1 / (1 + _STEP_DECAY * elapsed)
+    velocity = _MOMENTUM * signal * state.velocity + metric @ gradient
+
+    # back to the users' own units: scalars_to_ball multiplied by 2 / sqrt(c)
+    bit, presence, reliability, residual, b_score = scalar_mean * math.sqrt(layout.groups[1].size) / 2
+    present = max(2 * float(presence), _LEAST_PRESENCE)  # share of the invited users that took part
+    mean_reliability = float(np.clip(reliability / present + 0.5, *_RELIABILITY_BOUNDS))
+    reliability_sum = state.reliability_sum + mean_reliability
+    typical = reliability_sum / (state.server_round + 1)
+    noise_variance = model.noise_variance
+    if family == "squared":
+        score = float(np.clip(4 * residual / (present * mean_reliability), -0.5, 0.5))
+        low, high = (bound * state.first_noise_variance for bound in _NOISE_VARIANCE_BOUNDS)
+        noise_variance = float(np.clip(noise_variance * math.exp(step * score), low, high))
+    b_variance = model.b_variance
+    if sparsity:
+        b_variance *= math.exp(step * float(np.clip(2 * b_score / present, -0.5, 0.5)))
+    updated = SharedModel(
+        beta=model.beta + step * velocity[:, r],
+        U=model.U + step * velocity[:, :r],
+        b_variance=b_variance,
+        noise_variance=noise_variance,
+    )
+    if adapt_clipping and may_adapt(denominator, noise_multiplier):
+        clipping_norm = next_clipping_norm(clipping_norm, float(bit), bounds=CLIPPING_BOUNDS)
+    return replace(
+        state,
+        server_round=state.server_round + 1,
+        model=updated,
+        velocity=velocity,
+        elapsed=elapsed,
+        reliability_sum=reliability_sum,
+        effective_examples=_RELIABILITY_EXAMPLES * typical / (1 - typical),
+        clipping_norm=clipping_norm,
+    )
+
+
+def _signal_share(gradient: Array, noise_stddev: float) -> float:
+    """Share of the released gradient's squared norm that its known noise does not explain, in [0, 1]."""
+    energy = float((gradient**2).sum())
+    return max(0.0, 1 - gradient.size * noise_stddev**2 / energy) if energy > 0 else 0.0

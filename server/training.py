@@ -1,0 +1,418 @@
+"""The round loop: reserve, ask, noise, stage, commit, step. Effects only; the mathematics is in `server.rounds`.
+
+Every order here is part of the promise (see `privacy.ledger`): a release is charged before anybody is asked, its
+noise is drawn after that, and a noised sum is on disk before its COMMIT line. What a crash leaves behind is either a
+charge without a release, which stays a charge, or a staged release, which is exactly what goes out.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.errors import Refused, UmbelError
+from common.files import pack, unpack, write_durably
+from common.model import IntArray
+from common.records import Broadcast, Contribution, decode
+from privacy.entropy import NoiseSource, NoNoise, SeededNoise, SystemNoise
+from privacy.layout import (
+    SCALARS,
+    Group,
+    Layout,
+    grid_scale_for,
+    groups_of_event,
+    layout_of_event,
+    sum_is_possible,
+)
+from privacy.ledger import PrivacyLedger, Reservation
+from privacy.mechanism import check_capacity, release
+from privacy.participation import is_noiseless
+from server.checkpoint import load_state, save_model, save_state
+from server.initialization import initial_model, prior_noise_variance, regularized_moment
+from server.registry import Registry
+from server.rounds import ServerState, apply_round, initial_state, public_metric
+from server.settings import RunSettings
+
+ROUNDS_LOG = logging.getLogger("umbel.rounds")
+"""One record a round: its message names the attribute (`round` or `fold_in`) with the public numbers."""
+
+SCALARS_SHARE = 0.2
+"""s_g of the scalars: 4 % of the squared norm, which costs the gradient 2 % of its noise."""
+_STARTUP_SECONDS = 120.0
+_SIGNIFICANT_DIGITS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A node's answer, or the public code of why there is none.
+
+    Attributes:
+        node_id: Who.
+        payload: The reply's bytes; None for a refusal.
+        code: The refusal's code; None for an answer.
+    """
+
+    node_id: int
+    payload: bytes | None = None
+    code: str | None = None
+
+
+class Nodes(Protocol):
+    """What a round needs of the federation: Flower, behind one function."""
+
+    def node_ids(self) -> list[int]:
+        """Nodes that are connected."""
+
+    def ask(
+        self, node_ids: Iterable[int], action: str, payload: bytes, signature: bytes, timeout: float
+    ) -> Iterator[Answer]:
+        """Send one signed message to each node, and yield what comes back within `timeout` seconds."""
+
+
+def train(
+    settings: RunSettings,
+    ledger: PrivacyLedger,
+    registry: Registry,
+    nodes: Nodes,
+    sign: Callable[[bytes], bytes],
+) -> ServerState:
+    """Run, or go on with, all rounds of a run, then let the devices fold in the final model.
+
+    Args:
+        settings: The run.
+        ledger: Open for writing.
+        registry: Who may be invited.
+        nodes: The federation.
+        sign: Ed25519 with the ledger's key.
+
+    Returns:
+        The final state; the last model is in the release folder.
+
+    Raises:
+        BudgetExhausted: Before anything is asked, if the next round would exceed the budget.
+        StorageError: If a disk failed; the run can be resumed.
+    """
+    loop = _Loop(settings, ledger, registry, nodes, sign)
+    loop.recover()
+    while loop.rounds_left > 0:
+        loop.next_round()
+    loop.finish()
+    return loop.state
+
+
+class _Loop:
+    """A run in progress."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        ledger: PrivacyLedger,
+        registry: Registry,
+        nodes: Nodes,
+        sign: Callable[[bytes], bytes],
+    ) -> None:
+        self.settings = settings
+        self.ledger = ledger
+        self.registry = registry
+        self.nodes = nodes
+        self.sign = sign
+        self.layout = contribution_layout(
+            settings.schema.dimension,
+            settings.config.model.rank,
+            private=not is_noiseless(settings.noise_multiplier),
+        )
+        self.acknowledged: dict[int, int] = {}
+        check_capacity(registry.population_size, self.layout.grid_scale)
+        settings.folder.rounds.mkdir(parents=True, exist_ok=True)
+        self.users = self._identify()
+        self._start()
+        self.state, self.sequence = load_state(settings.folder.checkpoints) or (_first_state(settings), -1)
+
+    def _start(self) -> None:
+        """Write REGISTRY and START where the ledger does not have them yet."""
+        if self.ledger.registry is None or self.ledger.registry["digest"] != self.registry.digest:
+            self.ledger.record_registry(
+                self.registry.population_size, self.registry.users_per_node, self.registry.digest
+            )
+        if self.settings.run not in self.ledger.runs:
+            privacy = self.settings.config.privacy
+            schedule = {
+                "rounds": self.settings.config.training.rounds,
+                "noise_multiplier": self.settings.noise_multiplier,
+                "sampling": "none",
+                "epsilon": str(privacy.epsilon),
+                "delta": str(privacy.delta),
+            }
+            self.ledger.start(self.settings.run, schedule, self.settings.configuration_digest)
+
+    @property
+    def rounds_left(self) -> int:
+        """Rounds planned less rounds charged: a charge is never given back."""
+        return self.settings.config.training.rounds - len(self.ledger.rounds_of(self.settings.run))
+
+    def recover(self) -> None:
+        """Apply the releases that are on disk but not in the checkpoint; commit one that was only staged."""
+        for entry in self.ledger.rounds_of(self.settings.run):
+            if entry.sequence <= self.sequence or entry.abort_code is not None:
+                continue
+            path = self._release_path(entry.sequence)
+            if entry.is_open:
+                if not path.exists():
+                    continue  # charged, and nothing came out
+                self.ledger.commit(entry.sequence, sha256(path.read_bytes()).hexdigest())
+            elif sha256(path.read_bytes()).hexdigest() != entry.release_digest:
+                raise UmbelError(f"Expected {path} as the ledger committed it, got other bytes. Restore the file.")
+            arrays, _ = unpack(path)
+            self._apply(arrays["noised_sum"], entry.sequence, entry.event)
+
+    def next_round(self) -> None:
+        """One release, from RESERVE to checkpoint."""
+        started = time.perf_counter()
+        settings = self.settings
+        node_ids = self._invited()
+        event = self._event()
+        server_round = 1 + len(self.ledger.rounds_of(settings.run))
+        reservation = self.ledger.reserve(
+            settings.run, server_round, event, sum(self.users[node_id] for node_id in node_ids)
+        )
+        payload = self._broadcast("train", server_round, node_ids, reservation)
+        answers = self._answers(node_ids, "train.contribute", payload)
+        replies = _Replies(self, reservation.sequence)
+        totals = replies.totals(answers)
+        first = next(totals, None)
+        if first is None:
+            self.ledger.abort(reservation.sequence, "no_answer")
+        else:
+            noised = release(
+                chain([first], totals),
+                size=self.layout.size,
+                noise_multiplier=settings.noise_multiplier,
+                grid_scale=self.layout.grid_scale,
+                source=_noise(settings, reservation.sequence),
+            )
+            self._publish(noised, reservation.sequence, event)
+            self._apply(noised, reservation.sequence, event)
+        self._report(server_round, len(node_ids), replies, time.perf_counter() - started)
+
+    def finish(self) -> None:
+        """Publish the final model and the ledger's copy, and let the devices personalize with it."""
+        settings, folder = self.settings, self.settings.folder
+        facts: dict[str, object] = {
+            "run": settings.run,
+            "ledger_id": self.ledger.ledger_id,
+            "ledger_head": self.ledger.head.hex(),
+            "family": settings.config.model.family,
+            "sparsity": settings.config.model.sparsity,
+            "feature_names": list(settings.schema.feature_names),
+            "target_offset": settings.schema.target_offset,
+        }
+        save_model(folder.model, self.state.model, facts)
+        self.ledger.copy_to(folder.ledger_copy)
+        node_ids = self._invited()
+        payload = self._broadcast("fold_in", 0, node_ids, None)
+        refused = [a.code for a in self._answers(node_ids, "train.fold_in", payload) if a.code is not None]
+        ROUNDS_LOG.info("fold_in", extra={"fold_in": {"nodes": len(node_ids), "refused": refused}})
+
+    def _identify(self) -> dict[int, int]:
+        """Users by node number: ask nodes for their names until the registry is complete or time is up."""
+        known: dict[int, int] = {}
+        users_of = self.registry.users_of()
+        until = time.monotonic() + _STARTUP_SECONDS
+        asked: set[int] = set()
+        while len(known) < len(users_of) and time.monotonic() < until:
+            new = [node_id for node_id in self.nodes.node_ids() if node_id not in asked]
+            asked.update(new)
+            for answer in self.nodes.ask(new, "query.identity", b"", bytes(64), _STARTUP_SECONDS):
+                name = _name_in(answer)
+                if name in users_of and users_of[name] <= self.settings.config.privacy.max_users_per_node:
+                    known[answer.node_id] = users_of[name]
+            if not new:
+                time.sleep(0.2)
+        if not known:
+            raise UmbelError("Expected nodes of the registry to be connected, got none. Start them and resume.")
+        return known
+
+    def _invited(self) -> list[int]:
+        """All nodes of the registry: who is invited never depends on contributions."""
+        return sorted(self.users)
+
+    def _event(self) -> dict[str, Any]:
+        noise = _noise(self.settings, 0)
+        return {
+            "mechanism": "gaussian",
+            "noise_multiplier": self.settings.noise_multiplier,
+            "clipping_norm": decimal_string(self.state.clipping_norm),
+            "grid_scale": self.layout.grid_scale,
+            "groups": groups_of_event(self.layout),
+            "denominator": sum(self.users.values()),
+            "noise": noise.name,
+            "sampling": "none",
+            "initialization": False,
+        }
+
+    def _broadcast(
+        self, purpose: str, server_round: int, node_ids: list[int], reservation: Reservation | None
+    ) -> bytes:
+        since = min((self.acknowledged.get(node_id, -1) for node_id in node_ids), default=-1)
+        model = self.settings.config.model
+        return Broadcast(
+            ledger_id=self.ledger.ledger_id,
+            run=self.settings.run,
+            server_round=server_round,
+            purpose=purpose,
+            lines=() if reservation is None else (reservation.raw_line.decode("ascii"),),
+            digests_from=since + 1,
+            digests=self.ledger.digests_since(since),
+            deadline=int(time.time() + self.settings.config.training.round_timeout) + 1,
+            task={"family": model.family, "sparsity": model.sparsity},
+            model=self.state.model,
+            metric=public_metric(self.state, model.family),
+        ).encode()
+
+    def _answers(self, node_ids: list[int], action: str, payload: bytes) -> Iterator[Answer]:
+        timeout = self.settings.config.training.round_timeout
+        return self.nodes.ask(node_ids, action, payload, self.sign(payload), timeout)
+
+    def _release_path(self, sequence: int) -> Path:
+        return self.settings.folder.rounds / f"{sequence:09d}.safetensors"
+
+    def _publish(self, noised: IntArray, sequence: int, event: dict[str, Any]) -> None:
+        """Stage, fsync, rename; then COMMIT. Only noised integers ever touch the disk."""
+        data = pack({"noised_sum": noised}, {"sequence": sequence, "event": event})
+        write_durably(self._release_path(sequence), data)
+        self.ledger.commit(sequence, sha256(data).hexdigest())
+
+    def _apply(self, noised: IntArray, sequence: int, event: Any) -> None:
+        config = self.settings.config
+        self.state = apply_round(
+            self.state,
+            noised,
+            layout=layout_of_event(event),
+            clipping_norm=float(event["clipping_norm"]),
+            noise_multiplier=float(event["noise_multiplier"]),
+            denominator=int(event["denominator"]),
+            adapt_clipping=config.privacy.clipping == "adaptive",
+            family=config.model.family,
+            sparsity=config.model.sparsity,
+        )
+        self.sequence = sequence
+        save_state(self.settings.folder.checkpoints, self.state, sequence)
+
+    def _report(self, server_round: int, invited: int, replies: "_Replies", seconds: float) -> None:
+        genesis = self.ledger.genesis
+        delta = float(genesis["delta"])
+        numbers = {
+            "round": server_round,
+            "rounds": self.settings.config.training.rounds,
+            "invited": invited,
+            "answered": replies.answered,
+            "refusals": replies.refusals,
+            "epsilon_spent": _finite_or_none(self.ledger.epsilon_spent(delta)),
+            "epsilon_budget": _finite_or_none(float(genesis["epsilon"])),
+            "clipping_norm": self.state.clipping_norm,
+            "noise_variance": self.state.model.noise_variance,
+            "b_variance": self.state.model.b_variance,
+            "seconds": seconds,
+        }
+        with self.settings.folder.metrics.open("a") as file:
+            file.write(json.dumps(numbers) + "\n")
+        ROUNDS_LOG.info("round", extra={"round": numbers})
+
+
+class _Replies:
+    """Which replies of a round count: the first valid one of each invited node."""
+
+    def __init__(self, loop: _Loop, sequence: int) -> None:
+        self.loop = loop
+        self.sequence = sequence
+        self.answered = 0
+        self.refusals: dict[str, int] = {}
+        self._counted: set[int] = set()
+
+    def totals(self, answers: Iterable[Answer]) -> Iterator[IntArray]:
+        """The sums to add up; a reply that could not be honest is left out and counted under its code."""
+        for answer in answers:
+            try:
+                total = self._checked(answer)
+            except Refused as refused:
+                self.refusals[refused.code] = self.refusals.get(refused.code, 0) + 1
+                continue
+            self.answered += 1
+            yield total
+
+    def _checked(self, answer: Answer) -> IntArray:
+        loop = self.loop
+        if answer.payload is None:
+            raise Refused(answer.code or "error", "Expected an answer, got a refusal.")
+        contribution = Contribution.decode(answer.payload)
+        if (contribution.ledger_id, contribution.sequence) != (loop.ledger.ledger_id, self.sequence):
+            raise Refused("replayed", "Expected a contribution to this release, got one to another.")
+        if answer.node_id not in loop.users or answer.node_id in self._counted:
+            raise Refused("replayed", "Expected one contribution of each invited node, got another.")
+        if not sum_is_possible(contribution.total, loop.users[answer.node_id], loop.layout):
+            raise Refused("malformed", "Expected a sum of clipped vectors, got one that cannot be.")
+        self._counted.add(answer.node_id)
+        loop.acknowledged[answer.node_id] = min(contribution.acknowledged, self.sequence)
+        return contribution.total
+
+
+def decimal_string(value: float) -> str:
+    """A positive float as a plain decimal string that reads back as the same number to 12 digits or better."""
+    return np.format_float_positional(value, precision=_SIGNIFICANT_DIGITS, fractional=False, trim="-")
+
+
+def contribution_layout(dimension: int, rank: int, *, private: bool) -> Layout:
+    """Groups of a contribution: the gradient of (U, beta), `d (r+1)` numbers, and the five scalars.
+
+    Shares are decimals of nine places, as the ledger spells them; the model's is what is left, rounded down.
+    """
+    size = dimension * (rank + 1)
+    model_share = math.floor(math.sqrt(1 - SCALARS_SHARE**2) * 1e9) / 1e9
+    groups = (
+        Group(name="model", size=size, share=model_share),
+        Group(name="scalars", size=len(SCALARS), share=SCALARS_SHARE),
+    )
+    return Layout(groups=groups, grid_scale=grid_scale_for(size + len(SCALARS), private=private))
+
+
+def _first_state(settings: RunSettings) -> ServerState:
+    config, schema = settings.config, settings.schema
+    # ties between equal directions are broken by the run's public name, so that a resumed run breaks them alike
+    rng = np.random.default_rng(int.from_bytes(sha256(_seed_text(settings).encode()).digest()[:8]))
+    noise_variance = prior_noise_variance(schema.target_range, config.model.family)
+    model = initial_model(schema.feature_second_moment, config.model.rank, noise_variance, rng)
+    clipping_norm = None if config.privacy.clipping == "adaptive" else float(config.privacy.clipping)
+    return initial_state(model, regularized_moment(schema.feature_second_moment), clipping_norm)
+
+
+def _seed_text(settings: RunSettings) -> str:
+    seed = settings.config.privacy.seed
+    return settings.run if seed is None else f"seed {seed}"
+
+
+def _noise(settings: RunSettings, sequence: int) -> NoiseSource:
+    if is_noiseless(settings.noise_multiplier):
+        return NoNoise()
+    seed = settings.config.privacy.seed
+    return SystemNoise() if seed is None else SeededNoise(seed, sequence)
+
+
+def _name_in(answer: Answer) -> str:
+    if answer.payload is None:
+        return ""
+    try:
+        return str(decode(answer.payload)[0].get("name", ""))
+    except Refused:
+        return ""
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if np.isfinite(value) else None

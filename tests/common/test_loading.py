@@ -1,0 +1,498 @@
+"""From files to populations: every format, what is public about it, and every bad input."""
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.config import DataConfig, FeatureConfig, SyntheticConfig
+from common.data import DenseFeatures, ItemFeatures, Population, split
+from common.errors import DataError
+from common.loading import Loaded, load
+
+ROOT = Path(__file__).parents[2]
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+TABLE = """user,age,kind,spend,y
+ann,20,web,0.5,1
+bob,60,shop,2.0,5
+ann,40,shop,-1,3
+"""
+FEATURES = (
+    FeatureConfig(name="age", low=20, high=60),
+    FeatureConfig(name="kind", values=("web", "shop", "post")),
+    FeatureConfig(name="spend"),
+)
+MOVIES_1M = """1::Toy Story (1995)::Animation|Comedy
+2::2001 (2001) (1926)::Sci-Fi
+3::Brazil (1985)::Comedy
+9::Caf\xe9 (1931)::Drama
+"""
+RATINGS_1M = "user_id,item_id,rating\n1,1,5\n1,9,1\n2,3,4\n"
+
+
+def table_config(folder: Path, text: str = TABLE, **changes: Any) -> DataConfig:
+    """A configuration for `text` as a CSV table."""
+    path = folder / "table.csv"
+    path.write_text(text)
+    return DataConfig(**({"source": str(path), "features": FEATURES, "target_range": (1.0, 5.0)} | changes))
+
+
+def movielens_folder(folder: Path, ratings: str = RATINGS_1M, name: str = "ratings.csv") -> DataConfig:
+    """A configuration for a small folder in the layout of MovieLens 1M."""
+    (folder / "movies.dat").write_text(MOVIES_1M, encoding="latin-1")
+    (folder / name).write_text(ratings)
+    return DataConfig(source=str(folder))
+
+
+def ratings_config(folder: Path, public: str, ratings: str, **changes: Any) -> DataConfig:
+    """A configuration for ratings with a public file: item features if it has columns, else a catalogue."""
+    (folder / "public.csv").write_text(public)
+    (folder / "ratings.csv").write_text(ratings)
+    key = "item_features" if "," in public else "catalogue"
+    given = {"source": str(folder / "ratings.csv"), key: str(folder / "public.csv"), "target_range": (1.0, 5.0)}
+    return DataConfig(**(given | changes))
+
+
+def by_user(population: Population) -> dict[str, list[list[float]]]:
+    """Every user's rows of features followed by the target."""
+    rows = np.column_stack([population.features.rows(slice(None)), population.y])
+    bounds = population.offsets
+    return {user: rows[bounds[i] : bounds[i + 1]].tolist() for i, user in enumerate(population.users)}
+
+
+def test_a_table_is_scaled_by_its_declarations(tmp_path: Path) -> None:
+    """Ranges go to [-1, 1], words are one-hot, an intercept is added, the middle of the target range taken off."""
+    loaded = load(table_config(tmp_path))
+    assert loaded.format == "table"
+    assert loaded.schema.feature_names == ("age", "kind=web", "kind=shop", "kind=post", "spend", "intercept")
+    assert by_user(loaded.population) == {
+        "ann": [[-1, 1, 0, 0, 0.5, 1, -2], [0, 0, 1, 0, -1, 1, 0]],
+        "bob": [[1, 0, 1, 0, 1, 1, 2]],
+    }
+    assert loaded.num_clipped == 1
+    assert (loaded.schema.target_range, loaded.schema.target_offset) == ((-2.0, 2.0), 3.0)
+    assert loaded.schema.feature_bound == 1.0
+
+
+def test_the_second_moment_of_a_table_is_declared_not_computed(tmp_path: Path) -> None:
+    """S is 1/3 for a range, 1/length for a word and 1 for the intercept, whatever the users' rows say."""
+    third = 1 / 3
+    expected = np.diag([third, third, third, third, third, 1])
+    for text in (TABLE, "user,age,kind,spend,y\nzoe,59,post,0.9,5\n"):
+        schema = load(table_config(tmp_path, text)).schema
+        np.testing.assert_allclose(schema.feature_second_moment, expected)
+        assert schema.target_range == (-2.0, 2.0)
+
+
+def test_tables_in_every_kind_of_file_are_the_same_population(tmp_path: Path) -> None:
+    """CSV, SQLite and Parquet give the same users, numbers and keys."""
+    csv_config = table_config(tmp_path)
+    expected = load(csv_config).population
+    header, *rows = [line.split(",") for line in TABLE.splitlines()]
+    typed = [(r[0], int(r[1]), r[2], float(r[3]), int(r[4])) for r in rows]
+    with closing(sqlite3.connect(tmp_path / "t.db")) as connection, connection:
+        connection.execute(f"CREATE TABLE t ({', '.join(header)})")
+        connection.executemany("INSERT INTO t VALUES (?, ?, ?, ?, ?)", typed)
+    sources = [tmp_path / "t.db"]
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        pass
+    else:
+        columns = dict(zip(header, zip(*typed, strict=True), strict=True))
+        parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+        sources.append(tmp_path / "t.parquet")
+    for source in sources:
+        read = load(csv_config.model_copy(update={"source": str(source)})).population
+        assert by_user(read) == by_user(expected)
+        assert read.key.tolist() == expected.key.tolist()
+
+
+def test_targets_outside_the_range_are_clipped_and_counted(tmp_path: Path) -> None:
+    """A target above the declared range is the top of it; a declared offset replaces the middle."""
+    loaded = load(table_config(tmp_path, target_range=(1.0, 4.0), target_offset=2.0))
+    assert loaded.population.y.tolist() == [-1.0, 1.0, 2.0]
+    assert loaded.num_clipped == 2
+    assert loaded.schema.target_range == (-1.0, 2.0)
+
+
+def test_logistic_targets_are_zero_or_one(tmp_path: Path) -> None:
+    """The logistic family needs no range and takes no other target."""
+    text = "user,age,y\na,20,1\na,30,0\nb,40,0.5\n"
+    config = table_config(tmp_path, text, features=FEATURES[:1], target_range=None)
+    with pytest.raises(DataError, match=r"table.csv, row 4, column 'y': Expected 0 or 1."):
+        load(config, "logistic")
+    loaded = load(config.model_copy(update={"on_bad_rows": "skip"}), "logistic")
+    assert loaded.population.y.tolist() == [1.0, 0.0]
+    assert (loaded.schema.target_range, loaded.schema.target_offset) == ((0.0, 1.0), 0.0)
+
+
+def test_weights_and_times_are_read(tmp_path: Path) -> None:
+    """A weight column becomes weights, and a user's examples are put in the order of their times."""
+    text = "user,x,y,w,t\na,0.1,1,2,30\nb,0.2,1,0,5\na,0.3,1,1,2024-01-01\na,0.4,1,1,10\n"
+    config = table_config(tmp_path, text, features=(FeatureConfig(name="x"),), weight="w", timestamp="t")
+    population = load(config).population
+    assert population.features.rows(slice(None))[:, 0].tolist() == [0.4, 0.1, 0.3, 0.2]
+    assert population.weight is not None
+    assert population.weight.tolist() == [1.0, 2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("column", "cell"), [("w", "-1"), ("w", "nan"), ("t", "soon"), ("t", "")])
+def test_a_bad_weight_or_time_is_a_bad_row(tmp_path: Path, column: str, cell: str) -> None:
+    """Weights are at least 0 and times are times."""
+    text = f"user,x,y,{column}\na,0.1,1,1\na,0.2,1,{cell}\n"
+    role = {"w": "weight", "t": "timestamp"}[column]
+    with pytest.raises(DataError, match=f"row 3, column '{column}': Expected"):
+        load(table_config(tmp_path, text, features=(FeatureConfig(name="x"),), **{role: column}))
+
+
+def test_dropped_rows_leave_the_others_with_their_users(tmp_path: Path) -> None:
+    """A bad row in front shifts nobody's examples, weights or keys."""
+    header, *rows = TABLE.splitlines()
+    text = "\n".join([header, "eve,x,web,0,3", rows[0], "bob,x,web,0,3", *rows[1:]]) + "\n"
+    expected = load(table_config(tmp_path)).population
+    read = load(table_config(tmp_path, text, on_bad_rows="skip")).population
+    assert by_user(read) == by_user(expected)
+    assert read.key.tolist() == expected.key.tolist()
+    weighted = "user,x,y,w\neve,z,1,9\na,0.1,1,1\nb,0.2,2,2\na,0.3,3,3\n"
+    features = (FeatureConfig(name="x"),)
+    config = table_config(tmp_path, weighted, features=features, weight="w", on_bad_rows="skip")
+    weight = load(config).population.weight
+    assert weight is not None
+    assert weight.tolist() == [1.0, 3.0, 2.0]
+
+
+def test_a_repeated_event_of_a_user_is_a_bad_row(tmp_path: Path) -> None:
+    """An event counts once; other users may use the same id, and the split goes by it, not by the row."""
+    text = "user,x,y,id\na,0.1,1,e1\nb,0.2,1,e1\na,0.3,1,e2\na,0.4,1,e1\n"
+    config = table_config(tmp_path, text, features=(FeatureConfig(name="x"),), event_id="id")
+    with pytest.raises(DataError, match=r"row 5, column 'id': Expected an event that no row above"):
+        load(config)
+    first = load(config.model_copy(update={"on_bad_rows": "skip"})).population
+    reordered = "user,x,y,id\na,0.3,1,e2\na,0.1,1,e1\n"
+    second = load(table_config(tmp_path, reordered, features=config.features, event_id="id")).population
+    assert first.key[:2].tolist() == second.key[:2].tolist()[::-1]
+
+
+def test_at_most_max_examples_of_a_user_are_kept(tmp_path: Path) -> None:
+    """The public limit holds for every user."""
+    text = "user,x,y\n" + "a,0.1,1\n" * 9 + "b,0.1,1\n"
+    population = load(table_config(tmp_path, text, features=(FeatureConfig(name="x"),), max_examples=4)).population
+    assert population.counts.tolist() == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("ann,,web,0,3", "column 'age': Expected a finite number."),
+        ("ann,old,web,0,3", "column 'age': Expected a finite number."),
+        ("ann,nan,web,0,3", "column 'age': Expected a finite number."),
+        ("ann,inf,web,0,3", "column 'age': Expected a finite number."),
+        ("ann,20,web,0,nan", "column 'y': Expected a finite number."),
+        ("ann,20,web,0,", "column 'y': Expected a finite number."),
+        (" ,20,web,0,3", "column 'user': Expected a value."),
+        ("ann,20,fax,0,3", "column 'kind': Expected a word of its declared vocabulary."),
+        ("ann,20,web,0", ": Expected 5 fields."),
+        ("ann,20,web,0,3,4", ": Expected 5 fields."),
+    ],
+)
+def test_a_bad_row_is_named_or_dropped(tmp_path: Path, line: str, problem: str) -> None:
+    """Depending on `on_bad_rows`, the first bad row is an error or bad rows are dropped and counted."""
+    text = TABLE + f"{line}\neve,50,web,0,4\n{line}\n"
+    with pytest.raises(DataError) as caught:
+        load(table_config(tmp_path, text))
+    message = str(caught.value)
+    assert message.startswith("table.csv, row 5")
+    assert problem in message
+    assert "1 more rows are bad." in message
+    assert 'data.on_bad_rows = "skip"' in message
+    loaded = load(table_config(tmp_path, text, on_bad_rows="skip"))
+    assert loaded.num_bad_rows == 2
+    assert [row.split(",")[1].split(":")[0] for row in loaded.bad_rows] == [" row 5", " row 7"]
+    assert loaded.population.users == ("ann", "bob", "eve")
+    assert loaded.population.num_examples == 4
+
+
+def test_messages_about_rows_never_hold_a_value(tmp_path: Path) -> None:
+    """What a user's cell says is not repeated."""
+    text = TABLE + "secretuser,secretage,secretkind,0,3\n"
+    with pytest.raises(DataError) as caught:
+        load(table_config(tmp_path, text))
+    skipped = load(table_config(tmp_path, text, on_bad_rows="skip"))
+    assert "secret" not in str(caught.value) + "".join(skipped.bad_rows)
+
+
+def test_users_without_a_usable_row_are_named_by_row(tmp_path: Path) -> None:
+    """A user whose every row was dropped is not in the population, and that is said."""
+    loaded = load(table_config(tmp_path, TABLE + "eve,x,web,0,3\nann,x,web,0,3\n", on_bad_rows="skip"))
+    assert loaded.population.users == ("ann", "bob")
+    assert loaded.num_bad_rows == 2
+    assert loaded.bad_rows[-1] == "table.csv: 1 users have no usable row; the first of them is in row 5."
+
+
+def test_the_list_of_bad_rows_is_cut(tmp_path: Path) -> None:
+    """Thousands of bad rows are counted, and the first twenty named."""
+    loaded = load(table_config(tmp_path, TABLE + "ann,x,web,0,3\n" * 1000, on_bad_rows="skip"))
+    assert loaded.num_bad_rows == 1000
+    assert len(loaded.bad_rows) == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"target_range": None}, r"Expected data.target_range.*target_range = \[1, 5\]"),
+        ({"features": ()}, r"Expected data.features.*table.csv are: user, age, kind, spend, y"),
+        ({"user": "person"}, r"the user in a column 'person'.*Set data.user to one of: user, age"),
+        ({"target": "z"}, r"the target in a column 'z'.*Set data.target"),
+        ({"weight": "w"}, r"one column 'w', got no such column. The columns are: user"),
+        ({"features": (FeatureConfig(name="height"),)}, r"one column 'height', got no such column"),
+        ({"features": (FeatureConfig(name="y"),)}, r"without the columns of user and target"),
+        ({"source": "nowhere.csv"}, r"got data.source='nowhere.csv'"),
+        ({"format": "movielens-1m"}, r"Expected a folder for data.format='movielens-1m'"),
+        ({"format": "ratings"}, r"Expected data.item_features or data.catalogue.*data.catalogue"),
+    ],
+)
+def test_a_wrong_declaration_is_named(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    """Missing files, columns and declarations are DataErrors with the key and a remedy."""
+    with pytest.raises(DataError, match=problem):
+        load(table_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["", "user,age,kind,spend,y\n"])
+def test_a_table_without_rows_is_named(tmp_path: Path, text: str) -> None:
+    """An empty file and a header alone are errors."""
+    with pytest.raises(DataError, match=r"table.csv: Expected"):
+        load(table_config(tmp_path, text))
+
+
+def test_a_file_of_bad_rows_only_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    """There is no population without examples."""
+    text = "user,age,kind,spend,y\nann,x,web,0,3\nann,y,web,0,3\n"
+    with pytest.raises(DataError, match=r"row 2, column 'age'.*No row is usable: 1 more are bad"):
+        load(table_config(tmp_path, text, on_bad_rows="skip"))
+
+
+def test_a_small_movielens_folder(tmp_path: Path) -> None:
+    """Genres over the root of their number, decades with all before 1940 as one, intercept; ratings less 3.5."""
+    loaded = load(movielens_folder(tmp_path))
+    half = 1 / 2**0.5
+    assert loaded.format == "movielens-1m"
+    assert loaded.schema.feature_names == (
+        *("Animation", "Comedy", "Drama", "Sci-Fi"),
+        *("before 1940", "1980s", "1990s", "intercept"),
+    )
+    assert by_user(loaded.population) == {
+        "1": [[half, half, 0, 0, 0, 0, 1, 1, 1.5], [0, 0, 1, 0, 1, 0, 0, 1, -2.5]],
+        "2": [[0, 1, 0, 0, 0, 1, 0, 1, 0.5]],
+    }
+    assert (loaded.schema.target_range, loaded.schema.target_offset) == ((-2.5, 1.5), 3.5)
+    assert isinstance(loaded.population.features, ItemFeatures)
+    assert loaded.population.features.table.shape == (4, 8)
+
+
+def test_the_second_moment_is_that_of_the_public_table(tmp_path: Path) -> None:
+    """S counts every movie once, rated or not, so users' ratings have no part in it."""
+    loaded = load(movielens_folder(tmp_path))
+    assert isinstance(loaded.population.features, ItemFeatures)
+    table = loaded.population.features.table
+    expected = sum(np.outer(x, x) for x in table) / 4
+    np.testing.assert_allclose(loaded.schema.feature_second_moment, expected)
+    fewer = load(movielens_folder(tmp_path, "user_id,item_id,rating\n7,3,5\n"))
+    assert np.array_equal(fewer.schema.feature_second_moment, loaded.schema.feature_second_moment)
+
+
+def test_the_dat_layout_reads_like_the_csv(tmp_path: Path) -> None:
+    """ratings.dat with '::' and timestamps gives the same population and keys as ratings.csv."""
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "dat").mkdir()
+    expected = load(movielens_folder(tmp_path / "csv")).population
+    dat = "1::1::5::100\n1::9::1::90\n2::3::4::80\n"
+    read = load(movielens_folder(tmp_path / "dat", dat, "ratings.dat")).population
+    assert by_user(read) == by_user(expected)
+    assert read.key.tolist() == expected.key.tolist()
+
+
+def test_the_100k_layout(tmp_path: Path) -> None:
+    """u.data and u.item: 19 flags, decades, intercept; a movie without year or genre has zeros there."""
+    flags = ["|".join("1" if j in on else "0" for j in range(19)) for on in ({0}, {1, 18}, set())]
+    movies = [
+        f"1|unknown||||{flags[0]}",
+        f"2|Gun (1992) (V)|01-Jan-1992||url|{flags[1]}",
+        f"3|\xc9t\xe9 (1950)|||url|{flags[2]}",
+    ]
+    (tmp_path / "u.item").write_text("\n".join(movies) + "\n", encoding="latin-1")
+    (tmp_path / "u.data").write_text("5\t2\t4\t88\n5\t1\t3\t89\n")
+    loaded = load(DataConfig(source=str(tmp_path)))
+    names = loaded.schema.feature_names
+    assert (names[0], names[18], names[19:]) == ("unknown", "Western", ("1950s", "1990s", "intercept"))
+    gun, unknown = loaded.population.features.rows(slice(None))
+    assert {names[j]: gun[j] for j in np.flatnonzero(gun)} == {
+        **{"Action": 1 / 2**0.5, "Western": 1 / 2**0.5},
+        **{"1990s": 1.0, "intercept": 1.0},
+    }
+    assert {names[j]: unknown[j] for j in np.flatnonzero(unknown)} == {"unknown": 1.0, "intercept": 1.0}
+    assert loaded.format == "movielens-100k"
+
+
+def test_an_unknown_movie_is_a_bad_row(tmp_path: Path) -> None:
+    """A rating of a movie that is not in the public list is named."""
+    with pytest.raises(DataError, match=r"ratings.csv, row 5, column 'item_id': Expected an item of the public"):
+        load(movielens_folder(tmp_path, RATINGS_1M + "2,77,4\n"))
+
+
+@pytest.mark.parametrize(
+    ("movies", "problem"),
+    [
+        ("1::A (1990)\n", "movies.dat, row 1: Expected 3 fields separated by '::'"),
+        ("1::A (1990)::Drama\n1::B (1991)::Drama\n", "movies.dat: Expected every movie once"),
+    ],
+)
+def test_a_broken_list_of_movies_is_named(tmp_path: Path, movies: str, problem: str) -> None:
+    """The public list must be whole: its rows are never skipped."""
+    config = movielens_folder(tmp_path)
+    (tmp_path / "movies.dat").write_text(movies)
+    with pytest.raises(DataError, match=problem):
+        load(config)
+
+
+@pytest.mark.parametrize("name", ["auto", "movielens-1m", "movielens-100k"])
+def test_a_folder_of_something_else_lists_what_was_looked_for(tmp_path: Path, name: str) -> None:
+    """Auto-detection that fails says which files it wanted."""
+    with pytest.raises(DataError, match="Expected one of these pairs of files") as caught:
+        load(DataConfig(source=str(tmp_path), format=name))
+    assert ("u.data and u.item" in str(caught.value)) == (name != "movielens-1m")
+    assert ("ratings.csv and movies.dat" in str(caught.value)) == (name != "movielens-100k")
+
+
+def test_formats_and_families_that_do_not_fit_a_folder_are_named(tmp_path: Path) -> None:
+    """A folder is no table, and ratings from 1 to 5 are no yes and no."""
+    config = movielens_folder(tmp_path)
+    with pytest.raises(DataError, match=r"Expected model\.family='squared'"):
+        load(config, "logistic")
+    with pytest.raises(DataError, match=r"Expected a file for data\.format='table'"):
+        load(config.model_copy(update={"format": "table"}))
+
+
+def test_ratings_with_public_item_features(tmp_path: Path) -> None:
+    """Numeric columns are divided by their largest magnitude in the public table; S is the table's."""
+    ratings = "user,item,rating\na,i1,5\na,i2,3\nb,i1,1\n"
+    loaded = load(ratings_config(tmp_path, "item,price,size\ni1,10,-0.5\ni2,20,0.25\ni3,-40,0\n", ratings))
+    table = np.array([[0.25, -1, 1], [0.5, 0.5, 1], [-1, 0, 1]])
+    assert loaded.format == "ratings"
+    assert loaded.schema.feature_names == ("price", "size", "intercept")
+    assert by_user(loaded.population) == {"a": [[*table[0], 2], [*table[1], 0]], "b": [[*table[0], -2]]}
+    np.testing.assert_allclose(loaded.schema.feature_second_moment, table.T @ table / 3)
+
+
+def test_item_columns_can_be_chosen_and_declared(tmp_path: Path) -> None:
+    """data.features picks columns of the item table, with ranges or vocabularies."""
+    public = "item,price,colour\ni1,10,red\ni2,20,blue\n"
+    features = (FeatureConfig(name="colour", values=("blue", "red")), FeatureConfig(name="price", low=0, high=20))
+    loaded = load(ratings_config(tmp_path, public, "user,item,rating\na,i2,3\n", features=features))
+    assert loaded.schema.feature_names == ("colour=blue", "colour=red", "price", "intercept")
+    assert by_user(loaded.population) == {"a": [[1, 0, 1, 1, 0]]}
+
+
+@pytest.mark.parametrize(
+    ("public", "problem"),
+    [
+        ("item,price\ni1,1\ni1,2\n", "public.csv, row 3, column 'item': Expected an item that no row above has"),
+        ("item,price\ni1,cheap\n", "public.csv, row 2, column 'price': Expected a finite number"),
+        ("item,price\n,1\n", "public.csv, row 2, column 'item': Expected a value"),
+        ("item,price\ni1,1,2\n", "public.csv, row 2: Expected 2 fields"),
+        ("thing,price\ni1,1\n", r"public.csv: Expected the item in a column 'item' or .*Set data.item"),
+        ("i1\ni1\n", "public.csv: Expected different item ids"),
+        ("\n", "public.csv: Expected different item ids"),
+        ("\n".join(map(str, range(2001))), "at most 2000 items, got 2001: larger catalogues are not supported yet"),
+    ],
+)
+def test_a_broken_public_list_is_named(tmp_path: Path, public: str, problem: str) -> None:
+    """Public files must be whole, so their first bad row is an error even when bad rows are skipped."""
+    with pytest.raises(DataError, match=problem):
+        load(ratings_config(tmp_path, public, "user,item,rating\na,i1,3\n", on_bad_rows="skip"))
+
+
+def test_ratings_with_a_catalogue_are_one_hot(tmp_path: Path) -> None:
+    """x is the item's one-hot and a personal intercept; S says that items are equally likely."""
+    loaded = load(ratings_config(tmp_path, "i1\ni2\n\ni3\n", "user,item,rating\na,i3,5\nb,i1,1\n"))
+    assert by_user(loaded.population) == {"a": [[0, 0, 1, 1, 2]], "b": [[1, 0, 0, 1, -2]]}
+    np.testing.assert_allclose(loaded.schema.feature_second_moment, np.diag([1 / 3, 1 / 3, 1 / 3, 1]))
+    assert loaded.schema.feature_names == ("item=i1", "item=i2", "item=i3", "intercept")
+
+
+def test_a_user_is_split_the_same_among_other_users_and_rows(tmp_path: Path) -> None:
+    """By rule: what is held out of a user depends on the names of user and items only."""
+    public = "\n".join(f"i{j}" for j in range(40))
+    own = [f"a,i{j},3" for j in range(40)]
+    others = [f"b,i{j},4" for j in range(30)]
+
+    def held_out_items(lines: list[str]) -> set[int]:
+        ratings = "\n".join(["user,item,rating", *lines])
+        _, test = split(load(ratings_config(tmp_path, public, ratings)).population, 5)
+        assert isinstance(test.features, ItemFeatures)
+        user = test.users.index("a")
+        return set(test.features.item[test.offsets[user] : test.offsets[user + 1]].tolist())
+
+    alone = held_out_items(own)
+    assert 0 < len(alone) < 40
+    assert held_out_items(others + own[::-1]) == alone
+
+
+def test_the_default_source_is_the_synthetic_one() -> None:
+    """Without a file the population is drawn from the configured model, and the truth comes with it."""
+    config = DataConfig(synthetic=SyntheticConfig(users=5, examples=(3, 8), dimension=4), max_examples=6)
+    loaded = load(config)
+    assert loaded.format == "synthetic"
+    assert loaded.truth is not None
+    assert loaded.truth.theta.shape == (5, 4)
+    assert loaded.population.counts.max() <= 6
+    assert isinstance(loaded.population.features, DenseFeatures)
+    assert load(config, "logistic").schema.target_range == (0.0, 1.0)
+
+
+def real(name: str) -> Loaded:
+    """A real data set, or a skip where it is not at hand."""
+    folder = REAL_DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"the data set {name} is not at hand")
+    return load(DataConfig(source=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "users", "examples", "form"),
+    [
+        ("ml-1m-part", 5977, 359_761, "movielens-1m"),
+        ("ml-100k", 943, 100_000, "movielens-100k"),
+    ],
+)
+def test_the_real_data_sets(name: str, users: int, examples: int, form: str) -> None:
+    """MovieLens loads without a bad row: 27 bounded features, targets in range, a fifth held out."""
+    loaded = real(name)
+    population = loaded.population
+    assert (loaded.format, population.num_users, population.num_examples) == (form, users, examples)
+    assert (population.dimension, loaded.num_bad_rows, loaded.num_clipped) == (27, 0, 0)
+    assert set(population.y.tolist()) == {-2.5, -1.5, -0.5, 0.5, 1.5}
+    assert isinstance(population.features, ItemFeatures)
+    table = population.features.table
+    assert np.abs(table).max() <= loaded.schema.feature_bound
+    moment = loaded.schema.feature_second_moment
+    np.testing.assert_allclose(moment, table.T @ table / len(table))
+    assert (np.diag(moment) > 0).all()
+    _, test = split(population, 0)
+    # 5 sd of the binomial: fails by chance with probability 6e-7
+    assert abs(test.num_examples / examples - 0.2) < 5 * (0.16 / examples) ** 0.5
+
+
+def test_nothing_heavy_is_imported() -> None:
+    """An edge device that loads data needs neither scipy, torch, pyarrow nor Flower."""
+    heavy = "{'scipy', 'torch', 'pyarrow', 'pandas', 'flwr', 'dp_accounting'}"
+    code = f"import sys, common.config, common.loading; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,224 @@
+"""Three accountants that must agree, and the ways in which dp_accounting is known to be wrong."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UmbelError
+from privacy.accounting import (
+    check_agreement,
+    epsilon_curve,
+    gdp_epsilon,
+    plan,
+    pld_epsilon,
+    rdp_epsilon,
+    spent,
+    total_mu,
+)
+from privacy.participation import max_contributions
+
+ACCOUNTANTS = [gdp_epsilon, pld_epsilon, rdp_epsilon]
+
+
+@pytest.mark.parametrize(("z", "k", "expected"), [("1", 1, 4.887), ("2", 5, 5.551), ("4", 10, 3.747), ("8", 50, 4.249)])
+def test_the_reference_table(z, k, expected):
+    """Exact and PLD epsilon at delta 1e-6 are the table's; RDP is above, by less than 15 %."""
+    assert gdp_epsilon([z] * k, 1e-6) == pytest.approx(expected, abs=5e-4)
+    assert pld_epsilon([z] * k, 1e-6) == pytest.approx(expected, abs=5e-4)
+    assert expected <= rdp_epsilon([z] * k, 1e-6) <= 1.15 * expected
+
+
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
+class TestContract:
+    """What holds for every accountant."""
+
+    def test_nothing_costs_nothing(self, accountant):
+        """No release, no loss."""
+        assert accountant([], 1e-6) == 0.0
+
+    def test_no_noise_costs_everything(self, accountant):
+        """One release without noise is never outweighed."""
+        assert accountant(["5", "0", "5"], 1e-6) == math.inf
+
+    def test_order_does_not_matter(self, accountant):
+        """The same releases in another order cost the same."""
+        assert accountant(["2", "3", "2"], 1e-6) == pytest.approx(accountant(["3", "2", "2"], 1e-6), abs=1e-8)
+
+    def test_a_user_of_two_nodes_counts_as_half_the_noise(self, accountant):
+        """s = 2 costs what z/2 costs."""
+        assert accountant(["8"], 1e-6, 2) == pytest.approx(accountant(["4"], 1e-6), rel=1e-9)
+
+    def test_more_releases_cost_more(self, accountant):
+        """Every release adds to the loss."""
+        assert accountant(["4"], 1e-6) < accountant(["4", "4"], 1e-6) < accountant(["4", "4", "3"], 1e-6)
+
+    @pytest.mark.parametrize(
+        ("noise_multipliers", "delta", "s"),
+        [
+            (["nan"], 1e-6, 1),
+            (["inf"], 1e-6, 1),
+            (["-1"], 1e-6, 1),
+            (["0.001"], 1e-6, 1),
+            ([math.nan], 1e-6, 1),
+            ([1], 1e-6, 1),
+            ([np.float32(1)], 1e-6, 1),
+            (["1"], 1e-13, 1),
+            (["1"], math.nan, 1),
+            (["1"], 1.0, 1),
+            (["1"], 1e-6, 0),
+            (["1"], 1e-6, 1.5),
+            (["1"], 1e-6, True),
+        ],
+    )
+    def test_refuses_out_of_range(self, accountant, noise_multipliers, delta, s):
+        """NaN noise (epsilon 0 by RDP), z = 1e-3 (38 GiB by PLD), wrong counts: refused before any work."""
+        with pytest.raises(ValueError, match="Expected"):
+            accountant(noise_multipliers, delta, s)
+
+
+@given(
+    noise_multipliers=st.lists(st.sampled_from(["0.7", "2.5", "10", "100"]), min_size=1, max_size=4),
+    delta=st.sampled_from([1e-12, 1e-6, 1e-3]),
+)
+@settings(max_examples=15, deadline=None)
+def test_accountants_agree(noise_multipliers, delta):
+    """PLD is never below exact and within 1e-3; RDP is never below."""
+    result = spent(noise_multipliers, delta)
+    assert 0 <= result.pld_epsilon - result.epsilon < 1e-3 * (1 + result.epsilon)
+    assert result.rdp_epsilon >= result.epsilon
+    assert result.rho == result.mu**2 / 2
+    assert result.replace_one_epsilon > result.epsilon
+
+
+@pytest.mark.parametrize("z", ["0.05", "0.2"])
+def test_pld_bears_the_least_noise(z, monkeypatch):
+    """At the least noise admitted PLD is still close, on a grid of less than a million points."""
+    intervals = []
+
+    def recording(**arguments):
+        intervals.append(arguments["value_discretization_interval"])
+        return PLDAccountant(**arguments)
+
+    monkeypatch.setattr("dp_accounting.pld.PLDAccountant", recording)
+    epsilon = gdp_epsilon([z], 1e-6)
+    assert pld_epsilon([z], 1e-6) == pytest.approx(epsilon, rel=1e-4)
+    assert epsilon / intervals[0] < 10**6
+
+
+def test_spent_asks_the_accountants(monkeypatch):
+    """A PLD that contradicts the exact formula stops the report."""
+    monkeypatch.setattr("privacy.accounting.pld_epsilon", lambda *_: 0.0)
+    with pytest.raises(UmbelError, match="accountants to agree"):
+        spent(["4"], 1e-6)
+
+
+def test_many_distinct_noise_multipliers_are_one_gaussian():
+    """Two hundred distinct multipliers cost PLD no more than one, and come to the same."""
+    noise_multipliers = [f"{10 + i / 100:.2f}" for i in range(200)]
+    assert pld_epsilon(noise_multipliers, 1e-6) == pytest.approx(gdp_epsilon(noise_multipliers, 1e-6), abs=1e-4)
+
+
+def test_accountants_that_contradict_are_refused():
+    """Numbers of which one must be wrong are not reported."""
+    right = spent(["4"], 1e-6)
+    check_agreement(right)
+    for wrong in (
+        replace(right, pld_epsilon=right.epsilon * 1.1),
+        replace(right, pld_epsilon=right.epsilon * 0.9),
+        replace(right, pld_epsilon=math.nan),
+        replace(right, rdp_epsilon=right.epsilon * 0.9),
+        replace(right, rdp_epsilon=math.nan),
+    ):
+        with pytest.raises(UmbelError, match="accountants to agree"):
+            check_agreement(wrong)
+
+
+def test_without_noise_every_number_is_infinite():
+    """A run without noise reports infinity in every field but delta."""
+    result = spent(["0"], 1e-6)
+    assert {result.epsilon, result.mu, result.rho, result.replace_one_epsilon} == {math.inf}
+    assert result.pld_epsilon == result.rdp_epsilon == math.inf
+
+
+def test_total_mu_is_rounded_up():
+    """Four contributions at z = 2 from each of three nodes are mu = 3, and never below."""
+    assert 3.0 <= total_mu(["2"] * 4, 3) <= 3.0 * (1 + 1e-15)
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_plan_spends_the_budget(s):
+    """The plan's last round comes to the budget and not beyond; the filter admits just its rounds."""
+    actual = plan(2.0, 1e-6, 20, s)
+    assert actual.epsilon_by_round == epsilon_curve([actual.noise_multiplier] * 20, 1e-6, s)
+    assert list(actual.epsilon_by_round) == sorted(actual.epsilon_by_round)
+    assert 2.0 * (1 - 1e-6) < actual.epsilon_by_round[-1] <= 2.0
+    assert max_contributions(actual.mu_max, actual.noise_multiplier) == 20
+    assert float(actual.noise_multiplier) == pytest.approx(s * 7.0487 * math.sqrt(2), rel=1e-3)
+
+
+def test_plan_refuses_what_is_no_budget():
+    """Zero, infinite or NaN budgets and counts that are none are named."""
+    for arguments in (
+        (0.0, 1e-6, 1),
+        (math.inf, 1e-6, 1),
+        (math.nan, 1e-6, 1),
+        (1.0, 0.0, 1),
+        (1.0, 1e-6, 0),
+    ):
+        with pytest.raises(ValueError, match="Expected"):
+            plan(*arguments)
+
+
+def test_import_needs_no_accountant():
+    """Importing the module loads neither dp_accounting nor scipy."""
+    code = "import sys, privacy.accounting; print({'dp_accounting', 'scipy', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# What follows pins errors of dp_accounting 0.6.0 that this module works around: should one of these tests
+# fail after an upgrade, the trap is gone and its workaround can be looked at again.
+
+
+def epsilon_by(accountant, event):
+    return accountant.compose(event).get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize("one", [1, np.float32(1)])
+def test_trap_nested_composition_of_a_non_float_counts_once(one):
+    """Inside a sampling event, ten releases of int or float32 noise are counted as one."""
+
+    def ten(z):
+        event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(z), 10)
+        return epsilon_by(RdpAccountant(), dp_accounting.PoissonSampledDpEvent(1.0, event))
+
+    assert ten(1.0) == pytest.approx(19.0536, abs=1e-4)
+    assert ten(one) == pytest.approx(4.7285, abs=1e-4)
+    assert rdp_epsilon(["1"] * 10, 1e-5) == pytest.approx(19.0536, abs=1e-4)
+
+
+def test_trap_rdp_forgets_replace_one():
+    """RDP under replace-one gives the add/remove number; ours doubles mu, as PLD does."""
+    event = dp_accounting.GaussianDpEvent(2.0)
+    relation = dp_accounting.NeighboringRelation.REPLACE_ONE
+    wrong = epsilon_by(RdpAccountant(neighboring_relation=relation), event)
+    assert wrong == epsilon_by(RdpAccountant(), event)
+    right = epsilon_by(PLDAccountant(relation), event)
+    assert wrong < right
+    assert spent(["2"], 1e-5).replace_one_epsilon == pytest.approx(right, abs=1e-4)
+
+
+def test_trap_nan_noise_costs_nothing():
+    """NaN noise has epsilon 0 by RDP and by the exact formula of dp_accounting."""
+    with np.errstate(invalid="ignore"):
+        assert epsilon_by(RdpAccountant(), dp_accounting.GaussianDpEvent(math.nan)) == 0
+        assert dp_accounting.get_epsilon_gaussian(math.inf, 1e-6) == 0

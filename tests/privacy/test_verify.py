@@ -1,0 +1,334 @@
+"""Verification of a ledger file: every change is seen, and what cannot be seen is said."""
+
+import dataclasses
+import io
+import math
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from common.errors import UmbelError
+from privacy.audit.verify import Anchor, recompute_epsilon, verify
+from privacy.keys import public_key_hex
+from privacy.ledger import PrivacyLedger
+from privacy.ledger_state import read_lines
+from privacy.lines import ZERO_HEAD, parse_line, signed_line
+from privacy.participation import mu_max_string
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+OTHER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+OWNER = public_key_hex(KEY)
+DIGEST = "0f" * 32
+EVENT = {
+    "mechanism": "gaussian",
+    "noise_multiplier": "10.000000",
+    "clipping_norm": "1.250000",
+    "grid_scale": 65536,
+    "groups": [{"name": "model", "size": 10, "share": "1"}],
+    "denominator": 3,
+    "noise": "aes-256-ctr",
+    "sampling": "none",
+    "initialization": False,
+}
+
+
+def create(path, key=KEY, epsilon=1.0, s=1):
+    return PrivacyLedger.create(
+        path,
+        population="p",
+        epsilon=epsilon,
+        delta=1e-6,
+        mu_max=mu_max_string(epsilon, 1e-6, s),
+        max_nodes_per_user=s,
+        key=key,
+        ledger_id="ledger",
+    )
+
+
+def fill(ledger):
+    """Three rounds: one committed, one aborted, one left open."""
+    ledger.record_registry(3, 1, DIGEST)
+    ledger.start("r", {"rounds": 3}, DIGEST)
+    ledger.commit(ledger.reserve("r", 1, EVENT, 3).sequence, "1" * 64)
+    ledger.abort(ledger.reserve("r", 2, EVENT, 3).sequence, "no_answer")
+    ledger.reserve("r", 3, EVENT, 3)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    with create(path) as ledger:
+        fill(ledger)
+    return path
+
+
+def read(data):
+    return read_lines(io.BytesIO(data))
+
+
+def forged(*bodies, key=KEY, last_key=None):
+    """A file that the owner of the key signed line by line, whatever the lines say."""
+    head, data = ZERO_HEAD, b""
+    for sequence, (kind, body) in enumerate(bodies):
+        signer = last_key if last_key and sequence == len(bodies) - 1 else key
+        raw = signed_line(
+            sequence=sequence, kind=kind, body=body, previous=head, time="2026-01-31T12:00:00Z", key=signer
+        )
+        head, data = parse_line(raw).head, data + raw + b"\n"
+    return data
+
+
+def test_the_verdict_needs_the_owner_to_be_complete(original):
+    """A good ledger is "verified" against its owner's key, consistent without one, failed against another."""
+    for all_signatures in (False, True):
+        verification = verify(original, public_key=OWNER, all_signatures=all_signatures)
+        assert (verification.status, verification.line, verification.reason) == ("verified", None, "")
+    assert verify(original).status == "consistent, owner not verified"
+    against = verify(original, public_key=public_key_hex(OTHER))
+    assert against.status == "failed"
+    assert "key" in against.reason
+
+
+def test_the_verification_says_what_the_ledger_says(original):
+    """Counts, runs, rounds, spend and head are those of the ledger that wrote the file."""
+    verification, ledger = verify(original), PrivacyLedger.open(original)
+    assert verification.counts == {
+        "GENESIS": 1,
+        "REGISTRY": 1,
+        "START": 1,
+        "RESERVE": 3,
+        "COMMIT": 1,
+        "ABORT": 1,
+    }
+    assert verification.sequence == ledger.sequence == 7
+    assert verification.head == ledger.head.hex()
+    assert verification.rounds == ledger.rounds_of("r")
+    assert [entry.release_digest for entry in verification.commits] == ["1" * 64]
+    assert [entry.sequence for entry in verification.open_reservations] == [7]
+    assert verification.events == ledger.events() == (EVENT,) * 3
+    assert (verification.spent_units, verification.mu_spent) == (ledger.spent_units, ledger.mu_spent)
+    assert verification.mu_spent == pytest.approx(math.sqrt(3) / 10)
+    assert verification.runs == ledger.runs
+    assert verification.registry == ledger.registry
+    assert verification.genesis["public_key"] == OWNER == verification.public_keys[-1]
+    assert (verification.torn_bytes, verification.is_private) == (0, True)
+
+
+def test_every_changed_byte_is_seen(original):
+    """Whatever byte is changed, the ledger fails; only breaking the last newline reads as a torn last line."""
+    data = original.read_bytes()
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        reading = read(bytes(changed))
+        if position == len(data) - 1:
+            assert reading.line is None
+            assert reading.torn_bytes > 0
+        else:
+            assert reading.line is not None, f"byte {position}"
+
+
+def test_dropped_swapped_repeated_and_inserted_lines_are_seen(original):
+    """Any line but the last that is dropped, and any that is moved, repeated or put in, breaks the chain."""
+    lines = original.read_bytes().splitlines(keepends=True)
+    count = len(lines)
+    changed = [lines[:t] + lines[t + 1 :] for t in range(count - 1)]
+    changed += [[*lines[:t], lines[u], *lines[t:]] for t in range(count + 1) for u in range(count)]
+    for t in range(count):
+        for u in range(t):
+            swapped = list(lines)
+            swapped[t], swapped[u] = swapped[u], swapped[t]
+            changed.append(swapped)
+    for candidate in changed:
+        assert read(b"".join(candidate)).line is not None
+
+
+def test_a_cut_off_end_is_seen_with_an_anchor_only(original, tmp_path):
+    """A cut within a line leaves torn bytes, a cut at its end nothing to see; an anchor shows both."""
+    data = original.read_bytes()
+    whole = verify(original)
+    anchor = Anchor.parse(f"{whole.sequence}:{whole.head}")
+    assert verify(original, public_key=OWNER, anchor=anchor).status == "verified"
+    first = data.index(b"\n") + 1
+    for length in range(first, len(data), 37):
+        reading = read(data[:length])
+        assert reading.line is None
+        assert reading.torn_bytes == length - data.rindex(b"\n", 0, length) - 1
+    cut = tmp_path / "cut.jsonl"
+    for newline in [position + 1 for position, byte in enumerate(data[:-1]) if byte == ord("\n")]:
+        cut.write_bytes(data[:newline])
+        assert verify(cut, public_key=OWNER).status == "verified"
+        anchored = verify(cut, public_key=OWNER, anchor=anchor)
+        assert anchored.status == "failed"
+        assert "end is missing" in anchored.reason
+
+
+def test_an_anchor_shows_a_rewritten_past(original, tmp_path):
+    """A ledger rewritten by its own key is consistent, but not with a head that somebody remembers."""
+    whole = verify(original)
+    rewritten = tmp_path / "rewritten.jsonl"
+    with create(rewritten) as ledger:
+        ledger.record_registry(4, 1, DIGEST)
+        fill(ledger)
+    assert verify(rewritten, public_key=OWNER).status == "verified"
+    anchored = verify(rewritten, public_key=OWNER, anchor=Anchor(sequence=whole.sequence, head=whole.head))
+    assert (anchored.status, anchored.line) == ("failed", whole.sequence + 1)
+    assert "rewritten" in anchored.reason
+
+
+@pytest.mark.parametrize("text", ["", "7", "7:", "x:" + "0" * 64, "7:" + "0" * 63, "7:" + "G" * 64, "-1:" + "0" * 64])
+def test_anchors_are_read_strictly(text):
+    """An anchor is a sequence number, a colon and 64 hex digits."""
+    with pytest.raises(UmbelError, match="anchor"):
+        Anchor.parse(text)
+
+
+def test_a_ledger_of_another_key_is_not_the_owners(tmp_path):
+    """Whoever writes the same lines under a key of their own gets a consistent ledger, not a verified one."""
+    path = tmp_path / "ledger.jsonl"
+    with create(path, key=OTHER) as ledger:
+        fill(ledger)
+    assert verify(path).status == "consistent, owner not verified"
+    assert verify(path, public_key=OWNER).status == "failed"
+
+
+GENESIS = {
+    "delta": "0.000001",
+    "epsilon": "1",
+    "format": 1,
+    "ledger_id": "l",
+    "max_nodes_per_user": 1,
+    "mu_max": "0.2",
+    "neighboring_relation": "zero-out",
+    "population": "p",
+    "public_key": OWNER,
+    "unit": "user",
+}
+BEGIN = (("GENESIS", GENESIS), ("START", {"configuration_digest": DIGEST, "run": "r", "schedule": {}}))
+
+
+def reserve(server_round, noise_multiplier="10", run="r"):
+    event = {**EVENT, "noise_multiplier": noise_multiplier}
+    return "RESERVE", {"event": event, "invited_users": 3, "round": server_round, "run": run}
+
+
+def commit(sequence):
+    return "COMMIT", {"release_digest": DIGEST, "reserve": sequence}
+
+
+def test_forging_keeps_what_is_in_order():
+    """The helper of the next test makes valid ledgers from valid lines."""
+    reading = read(forged(*BEGIN, reserve(1), reserve(2), commit(3), commit(2)))
+    assert (reading.line, reading.reason, reading.state.sequence) == (None, "", 5)
+
+
+@pytest.mark.parametrize(
+    ("bodies", "line", "reason"),
+    [
+        ([BEGIN[1]], 1, "GENESIS"),
+        ([BEGIN[0], BEGIN[0]], 2, "GENESIS"),
+        ([("GENESIS", {**GENESIS, "mu_max": "0.5"})], 1, "mu_max"),
+        ([("GENESIS", {**GENESIS, "epsilon": "inf"})], 1, "mu_max"),
+        ([*BEGIN, BEGIN[1]], 3, "new run"),
+        ([*BEGIN, reserve(1, run="s")], 3, "started"),
+        ([*BEGIN, reserve(1), reserve(1)], 4, "not reserved before"),
+        ([*BEGIN, reserve(1, "5.1"), reserve(2)], 4, "epsilon=1"),
+        ([*BEGIN, *(reserve(t) for t in range(4))], 6, "epsilon=1"),
+        ([*BEGIN, reserve(1, "0.01")], 3, "0.05"),
+        ([*BEGIN, commit(2)], 3, "still open"),
+        ([*BEGIN, commit(1)], 3, "still open"),
+        ([*BEGIN, reserve(1), commit(2), commit(2)], 5, "still open"),
+        ([*BEGIN, reserve(1), ("ABORT", {"code": "late", "reserve": 2}), commit(2)], 5, "still open"),
+        ([*BEGIN, commit(3), reserve(1)], 3, "still open"),
+        ([*BEGIN, ("KEY", {"public_key": OWNER})], 3, "has not had"),
+        ([*BEGIN, ("RESTORE", {"from": 1, "up_to": 5})], 3, "cannot verify a recovery key"),
+    ],
+)
+def test_the_owner_cannot_sign_what_the_rules_forbid(bodies, line, reason):
+    """Signed and chained, a ledger that breaks a rule fails at that line, with the rule."""
+    reading = read(forged(*bodies))
+    assert reading.line == line
+    assert reason in reading.reason
+    assert reading.state.sequence == line - 2
+
+
+def test_only_the_key_in_force_signs():
+    """GENESIS is signed by its own key, KEY by the key before, and the last line by the last key."""
+    rotation = ("KEY", {"public_key": public_key_hex(OTHER)})
+    assert read(forged(BEGIN[0])).line is None
+    assert read(forged(BEGIN[0], key=OTHER)).line == 1
+    assert read(forged(*BEGIN, rotation)).line is None
+    assert read(forged(*BEGIN, rotation, last_key=OTHER)).line == 3
+    assert read(forged(*BEGIN, rotation, reserve(1), last_key=OTHER)).line is None
+    assert read(forged(*BEGIN, rotation, reserve(1))).line == 4
+    assert "signature" in read(forged(*BEGIN, rotation, reserve(1))).reason
+    taken_over = forged(*BEGIN, rotation, reserve(1), key=OTHER)
+    assert read(taken_over).line == 3
+
+
+def test_a_wrong_signature_inside_is_seen_when_all_are_checked():
+    """The chain carries lines that nobody signed if the last signature is right; checking all names the first."""
+    head, data = ZERO_HEAD, b""
+    for sequence, (kind, body) in enumerate([*BEGIN, reserve(1), commit(2)]):
+        key = OTHER if kind == "RESERVE" else KEY
+        raw = signed_line(sequence=sequence, kind=kind, body=body, previous=head, time="2026-01-31T12:00:00Z", key=key)
+        head, data = parse_line(raw).head, data + raw + b"\n"
+    assert read_lines(io.BytesIO(data)).line is None
+    assert read_lines(io.BytesIO(data), all_signatures=True).line == 3
+
+
+def test_rotated_keys_all_name_the_owner(tmp_path):
+    """After a rotation the ledger verifies against the key it began with and the key it has."""
+    path = tmp_path / "ledger.jsonl"
+    with create(path) as ledger:
+        ledger.start("r", {}, DIGEST)
+        ledger.rotate_key(OTHER)
+        ledger.reserve("r", 1, EVENT, 3)
+    for key in (KEY, OTHER):
+        assert verify(path, public_key=public_key_hex(key), all_signatures=True).status == "verified"
+    assert verify(path).public_keys == (OWNER, public_key_hex(OTHER))
+
+
+def test_releases_are_compared_with_what_is_found(original):
+    """A committed release that is not where it should be fails the ledger at its RESERVE line."""
+    asked = []
+    verification = verify(original, public_key=OWNER, release_found=lambda entry: not asked.append(entry))
+    assert verification.status == "verified"
+    assert [(entry.run, entry.server_round, entry.release_digest) for entry in asked] == [("r", 1, "1" * 64)]
+    missing = verify(original, public_key=OWNER, release_found=lambda entry: False)
+    assert (missing.status, missing.line) == ("failed", 4)
+    assert "round 1" in missing.reason
+
+
+def test_seeded_noise_is_not_private(tmp_path):
+    """A round whose noise could be drawn again is charged and marks the ledger as not private."""
+    path = tmp_path / "ledger.jsonl"
+    with create(path) as ledger:
+        ledger.start("r", {}, DIGEST)
+        ledger.reserve("r", 1, {**EVENT, "noise": "seeded (NOT PRIVATE)"}, 3)
+    verification = verify(path, public_key=OWNER)
+    assert verification.status == "verified"
+    assert not verification.is_private
+    assert verification.spent_units > 0
+
+
+def test_no_file_is_an_error(tmp_path):
+    """Verifying nothing is bad input, not a verdict; an empty file is a verdict."""
+    with pytest.raises(UmbelError, match="missing"):
+        verify(tmp_path / "missing")
+    (tmp_path / "empty").touch()
+    assert verify(tmp_path / "empty").status == "failed"
+
+
+@pytest.mark.parametrize("s", [1, 3])
+def test_epsilon_is_recomputed_from_the_events_alone(tmp_path, s):
+    """Both accountants come to what the ledger says was spent, for users of one node and of several."""
+    path = tmp_path / "ledger.jsonl"
+    with create(path, epsilon=4.0, s=s) as ledger:
+        fill(ledger)
+        spent = ledger.epsilon_spent(1e-6)
+    verification = verify(path)
+    recomputed = recompute_epsilon(verification, 1e-6)
+    assert recomputed["gdp"] == pytest.approx(spent, rel=1e-12)
+    assert recomputed["pld"] == pytest.approx(spent, rel=2e-2)
+    assert recompute_epsilon(dataclasses.replace(verification, rounds=()), 1e-6)["gdp"] == 0

@@ -1,0 +1,115 @@
+"""What a simulation says at its end: one object for machines, whose keys are an interface."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from client.sources import train_and_test
+from common.config import Config
+from common.data import DataSchema
+from common.families import FAMILIES
+from common.model import SharedModel
+from privacy.entropy import NoiseSource, NoNoise, SystemNoise
+from umbel.baselines import (
+    Mechanism,
+    Users,
+    choose_penalty,
+    personal_theta,
+    private_global,
+    ridge,
+    train_model,
+    users_of,
+    validation_split,
+)
+from umbel.evaluate import HeldOut, held_out_error
+
+Progress = Any
+
+
+def evaluate(
+    config: Config, schema: DataSchema, model: SharedModel, *, with_baselines: bool, on_step: Any
+) -> tuple[HeldOut, dict[str, HeldOut], dict[str, float]]:
+    """Held-out errors of a released model and of everything it is compared with.
+
+    Args:
+        config: Of the run.
+        schema: Public facts about the data.
+        model: The released model.
+        with_baselines: Whether to train the baselines too.
+        on_step: Called with the name of what is being computed.
+
+    Returns:
+        Ours, the baselines by name, and the ridge penalties chosen on validation examples.
+    """
+    family = FAMILIES[config.model.family]
+    train, test = train_and_test(config.data, config.model.family)
+    users = users_of(train, schema, family)
+
+    def score(theta: np.ndarray[Any, Any]) -> HeldOut:
+        return held_out_error(theta, test, train, family)
+
+    sparsity = min(config.model.sparsity, schema.dimension)
+    on_step("personal models")
+    ours = score(personal_theta(users, model, sparsity))
+    if not with_baselines:
+        return ours, {}, {}
+    fit, validation = validation_split(train, config.data.split_seed)
+    fit_users = users_of(fit, schema, family)
+
+    def validation_error(theta: np.ndarray[Any, Any]) -> float:
+        error = held_out_error(theta, validation, fit, family).error()
+        return float("inf") if error is None else error
+
+    private, plain = _mechanisms(config)
+    zeros = np.zeros(schema.dimension)
+    found: dict[str, HeldOut] = {}
+    penalties: dict[str, float] = {}
+    on_step("one global model")
+    center = private_global(users, private)
+    found["global"] = score(center)
+    on_step("each user alone")
+    penalties["alone"] = choose_penalty(fit_users, validation_error, zeros)
+    found["alone"] = score(ridge(users, zeros, penalties["alone"]))
+    on_step("ridge around the global model")
+    fit_center = private_global(fit_users, private)
+    penalties["ridge_around_global"] = choose_penalty(fit_users, validation_error, fit_center)
+    found["ridge_around_global"] = score(ridge(users, center, penalties["ridge_around_global"]))
+    rank = config.model.rank
+    for name, k, mechanism in (("low_rank", 0, private), ("non_private", sparsity, plain)):
+        on_step("low rank only" if name == "low_rank" else "without privacy")
+        trained = _trained(users, rank, k, mechanism, config)
+        found[name] = score(personal_theta(users, trained, k))
+    return ours, found, penalties
+
+
+def _trained(users: Users, rank: int, sparsity: int, mechanism: Mechanism, config: Config) -> SharedModel:
+    rng = np.random.default_rng(config.data.split_seed)  # breaks ties between equal directions only
+    return train_model(users, rank=rank, sparsity=sparsity, mechanism=mechanism, rng=rng)
+
+
+def _mechanisms(config: Config) -> tuple[Mechanism, Mechanism]:
+    """The run's own, and none."""
+    rounds, z = config.training.rounds, str(config.run.noise_multiplier)
+    plain = Mechanism(noise_multiplier="0", rounds=rounds, noise=NoNoise)
+    source: type[NoiseSource] = SystemNoise
+    return (plain if z == "0" else Mechanism(noise_multiplier=z, rounds=rounds, noise=source)), plain
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident size of this process and of its largest child."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    usages = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usages) * unit
+
+
+def error_section(ours: HeldOut) -> dict[str, Any]:
+    """`error` of the results."""
+    return {**ours.summary(), "standard_error": ours.standard_error()}
+
+
+def baseline_section(found: Mapping[str, HeldOut]) -> dict[str, Any]:
+    """`baselines` of the results."""
+    return {name: held_out.summary() for name, held_out in found.items()}

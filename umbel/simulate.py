@@ -1,0 +1,352 @@
+"""A simulation from a configuration to a run folder: lay out, run the real apps on an engine, evaluate, report."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from client.app import SETTINGS_VARIABLE, close_services
+from client.settings import NodeSettings
+from client.sources import loaded, train_and_test
+from common.config import Config, load_config, to_toml
+from common.data import DataSchema, partition
+from common.errors import BudgetExhausted, UmbelError
+from common.files import write_durably
+from common.model import SharedModel
+from privacy.accounting import Plan, plan
+from privacy.gaussian import epsilon_of_mu, replace_one
+from privacy.keys import create_key, load_key
+from privacy.ledger import PrivacyLedger
+from privacy.mechanism import check_delta_fp, delta_fp
+from privacy.participation import cost_units, is_noiseless
+from server.checkpoint import load_model, save_schema
+from server.registry import Registry, registry_of
+from server.settings import LedgerPlace, RunFolder, load_run
+from server.training import ROUNDS_LOG, contribution_layout
+from umbel.results import baseline_section, error_section, evaluate, peak_memory_bytes
+
+_DEFAULT_DELTA = 1e-6
+_RUN_ID_DIGITS = 12
+
+
+class Progress(Protocol):
+    """Who watches a simulation."""
+
+    def step(self, name: str) -> None:
+        """A new step has begun."""
+
+    def warn(self, message: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Noise and budget of a run, known before any data is touched.
+
+    Attributes:
+        noise_multiplier: z of each release, "0" without noise.
+        plan: None without noise.
+    """
+
+    noise_multiplier: str
+    plan: Plan | None
+
+
+def plan_run(config: Config, delta: float) -> Planned:
+    """The least noise with which the run's rounds cost its epsilon.
+
+    Raises:
+        UmbelError: If the budget cannot be split among so many rounds.
+    """
+    if config.privacy.epsilon == "none":
+        return Planned(noise_multiplier="0", plan=None)
+    try:
+        planned = plan(float(config.privacy.epsilon), delta, config.training.rounds, config.privacy.max_nodes_per_user)
+    except ValueError as error:
+        raise UmbelError(f"privacy.epsilon, privacy.delta, training.rounds: {error}") from error
+    return Planned(noise_multiplier=planned.noise_multiplier, plan=planned)
+
+
+def simulate(config: Config, *, progress: Progress, with_baselines: bool = True) -> dict[str, Any]:
+    """Run a simulation, or go on with one, and evaluate it.
+
+    Args:
+        config: As given; what is left open is resolved here and written into the run folder.
+        progress: Who watches.
+        with_baselines: Whether to compare with baselines.
+
+    Returns:
+        The results, as documented for `--format json`.
+
+    Raises:
+        UmbelError: Bad input, before anything is charged.
+        BudgetExhausted: If the run does not fit the ledger's budget, before anything is charged.
+    """
+    progress.step("reading data")
+    config = resume_config(config) if config.run.resume else lay_out(config, progress)
+    settings = load_run(Path(str(config.run.out)))
+    progress.step("training")
+    rounds = run_engine(config, settings.folder)
+    model, _ = load_model(settings.folder.model)
+    results = evaluated(config, settings.folder, settings.schema, model, rounds, progress, with_baselines)
+    return results
+
+
+def resume_config(config: Config) -> Config:
+    """The configuration that a run was started with; only its own folder counts."""
+    if config.run.out is None:
+        raise UmbelError("Expected run.out to name the folder to resume, got none. Add --out FOLDER.")
+    folder = RunFolder(root=Path(config.run.out).resolve())
+    if not folder.config.exists():
+        raise UmbelError(
+            f"Expected a run at {folder.root}, got no {folder.config.name} there. Start it without --resume."
+        )
+    return load_config(folder.config, {"run.out": str(folder.root)})
+
+
+def lay_out(config: Config, progress: Progress) -> Config:
+    """Resolve a configuration and write a new run folder: everything the apps read, nothing they compute."""
+    root = Path(config.run.out or default_folder()).resolve()
+    folder = RunFolder(root=root)
+    if folder.config.exists():
+        raise UmbelError(f"Expected a new folder, got run.out={root} with a run in it. Add --resume, or name another.")
+    train, test = train_and_test(config.data, config.model.family)
+    schema = loaded(config.data, config.model.family).schema
+    check_shape(config, schema)
+    if train.num_users < config.training.nodes:
+        raise UmbelError(
+            f"Expected training.nodes <= {train.num_users} users, "
+            f"got training.nodes={config.training.nodes}. Use fewer."
+        )
+    if train.num_examples == 0 or test.num_examples == 0:
+        raise UmbelError("Expected training and held-out examples, got none of one kind. Change data.test_fraction.")
+    delta = config.privacy.delta or min(_DEFAULT_DELTA, 1 / (10 * train.num_users))
+    if delta >= 1 / train.num_users:
+        progress.warn(
+            f"privacy.delta={delta:g} is not below 1/users={1 / train.num_users:.3g}: "
+            "it would allow one user's data to be published outright. Choose a smaller one."
+        )
+    planned = plan_run(config, delta)
+    if planned.plan is not None:
+        size = contribution_layout(schema.dimension, config.model.rank, private=True).size
+        check_delta_fp(float(config.privacy.epsilon), delta, size, config.training.rounds)
+    root.mkdir(parents=True, exist_ok=True)
+    ledger_path = Path(config.run.ledger).resolve() if config.run.ledger else root / "ledger.jsonl"
+    place = LedgerPlace(ledger=ledger_path)
+    sizes = [partition(train, config.training.nodes, i).num_users for i in range(config.training.nodes)]
+    registry = registry_of((f"node-{i}", size) for i, size in enumerate(sizes))
+    resolved = load_config(
+        None,
+        _flat(config)
+        | {
+            "privacy.delta": delta,
+            "run.out": str(root),
+            "run.ledger": str(ledger_path),
+            "run.resume": False,
+            "run.name": uuid4().hex[:_RUN_ID_DIGITS],
+            "run.noise_multiplier": planned.noise_multiplier,
+        },
+    )
+    genesis, public_key = prepare_ledger(resolved, place, registry, planned)
+    if config.run.ledger is None and config.data.source != "synthetic":
+        progress.warn("the ledger is new and counts this run only; name the population's own with --ledger PATH.")
+    save_schema(folder.schema, schema)
+    folder.nodes.mkdir(mode=0o700, exist_ok=True)
+    nodes = NodeSettings(
+        store=str(folder.nodes / "node-{partition}.sqlite"),
+        public_key=public_key,
+        ledger_id=genesis["ledger_id"],
+        mu_max=genesis["mu_max"],
+        max_users_per_node=config.privacy.max_users_per_node,
+        allow_not_private=is_noiseless(planned.noise_multiplier) or config.privacy.seed is not None,
+        family=config.model.family,
+        data=resolved.data.model_copy(update={"source": _absolute(resolved.data.source)}),
+    )
+    write_durably(folder.nodes / "node.toml", to_toml(nodes.model_dump(exclude_none=True)).encode())
+    write_durably(folder.config, resolved.to_toml().encode())
+    return resolved
+
+
+def check_shape(config: Config, schema: DataSchema) -> None:
+    """Refuse a model that the data has no room for."""
+    d = schema.dimension
+    for name in ("rank", "sparsity"):
+        if getattr(config.model, name) > d:
+            raise UmbelError(
+                f"Expected model.{name} <= {d} features, got model.{name}={getattr(config.model, name)}. Lower it."
+            )
+
+
+def prepare_ledger(
+    config: Config, place: LedgerPlace, registry: Registry, planned: Planned
+) -> tuple[dict[str, Any], str]:
+    """Make the ledger or check that the run fits the one there is; returns its GENESIS and public key."""
+    privacy, population = config.privacy, Path(config.data.source).name
+    if not place.ledger.exists():
+        key = load_key(place.key) if place.key.exists() else create_key(place.key)
+        mu_max = "inf" if planned.plan is None else planned.plan.mu_max
+        with PrivacyLedger.create(
+            place.ledger,
+            population=population,
+            epsilon="inf" if planned.plan is None else float(privacy.epsilon),
+            delta=float(privacy.delta or 0),
+            mu_max=mu_max,
+            max_nodes_per_user=privacy.max_nodes_per_user,
+            key=key,
+        ):
+            pass
+        registry.save(place.registry)
+    with PrivacyLedger.open(place.ledger, key=load_key(place.key)) as ledger:
+        check_fits(ledger, config, registry, place, population)
+        return dict(ledger.genesis), ledger.public_key
+
+
+def check_fits(ledger: PrivacyLedger, config: Config, registry: Registry, place: LedgerPlace, population: str) -> None:
+    """Refuse a run whose population or schedule is not the ledger's, before anything is charged.
+
+    Raises:
+        UmbelError: If the ledger belongs to another population.
+        BudgetExhausted: If not all rounds of the run fit.
+    """
+    recorded = ledger.registry
+    size = registry.population_size
+    other = ledger.genesis["population"] != population or (recorded is not None and recorded["population_size"] != size)
+    if other:
+        raise UmbelError(
+            f"Expected the ledger of {population} with {size} users, got {place.ledger} of "
+            f"{ledger.genesis['population']}. Name that population's ledger, or a new path."
+        )
+    if ledger.genesis["max_nodes_per_user"] != config.privacy.max_nodes_per_user:
+        raise UmbelError(
+            f"Expected privacy.max_nodes_per_user={ledger.genesis['max_nodes_per_user']} as in the ledger, "
+            f"got privacy.max_nodes_per_user={config.privacy.max_nodes_per_user}."
+        )
+    affordable = affordable_rounds(ledger, str(config.run.noise_multiplier))
+    if affordable < config.training.rounds:
+        delta = float(ledger.genesis["delta"])
+        raise BudgetExhausted(
+            f"Expected a budget for training.rounds={config.training.rounds} at privacy.epsilon="
+            f"{config.privacy.epsilon}, got one with room for {affordable:g}: {place.ledger} has spent epsilon "
+            f"{ledger.epsilon_spent(delta):.4g} of {ledger.genesis['epsilon']}. Lower --epsilon or --rounds."
+        )
+    if recorded is None or recorded["digest"] != registry.digest:
+        registry.save(place.registry)
+
+
+def affordable_rounds(ledger: PrivacyLedger, noise_multiplier: str) -> float:
+    """How many more releases with this noise the ledger's budget allows."""
+    if ledger.limit_units == math.inf:
+        return math.inf
+    if is_noiseless(noise_multiplier):
+        return 0
+    return max(0, int(ledger.limit_units - ledger.spent_units) // cost_units(noise_multiplier))
+
+
+def run_engine(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
+    """Run the ServerApp and the ClientApps; returns the public numbers of every round so far."""
+    settings_path = str(folder.nodes / "node.toml")
+    if config.training.engine == "flower":
+        from umbel import flower_engine  # noqa: PLC0415 (Ray's world only where it is asked for)
+
+        flower_engine.run(
+            Path(__file__).resolve().parent.parent,
+            num_nodes=config.training.nodes,
+            run_config={"run-folder": str(folder.root)},
+            log_file=folder.root / "flower.log",
+            env={SETTINGS_VARIABLE: settings_path},
+            on_line=_log_again,
+        )
+    else:
+        from client.app import app as client_app  # noqa: PLC0415
+        from server.app import app as server_app  # noqa: PLC0415
+        from umbel.inprocess import InProcessGrid, partitions, run_server_app  # noqa: PLC0415
+
+        nodes = partitions(config.training.nodes, {"node-config": settings_path})
+        workers = min(config.training.nodes, os.cpu_count() or 1)
+        run_config: dict[str, bool | float | int | str] = {"run-folder": str(folder.root)}
+        try:
+            with InProcessGrid(client_app, nodes, run_config=run_config, workers=workers) as grid:
+                run_server_app(server_app, grid)
+        finally:
+            close_services()
+    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+
+
+def evaluated(
+    config: Config,
+    folder: RunFolder,
+    schema: DataSchema,
+    model: SharedModel,
+    rounds: list[dict[str, Any]],
+    progress: Progress,
+    with_baselines: bool,
+) -> dict[str, Any]:
+    """Evaluate, write `evaluation/results.json` and the report, and return the results."""
+    ours, found, penalties = evaluate(config, schema, model, with_baselines=with_baselines, on_step=progress.step)
+    population = train_and_test(config.data, config.model.family)[0].num_users
+    seconds = [entry["seconds"] for entry in rounds]
+    results = {
+        "run": str(folder.root),
+        "report": str(folder.root / "report.html"),
+        "metric": ours.metric,
+        "error": error_section(ours),
+        "baselines": baseline_section(found),
+        "penalties": penalties,
+        "privacy": privacy_section(config, schema),
+        "users": population,
+        "users_per_second": population / statistics.median(seconds) if seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    folder.evaluation.mkdir(exist_ok=True)
+    write_durably(folder.evaluation / "results.json", json.dumps(results, indent=1).encode())
+    return results
+
+
+def privacy_section(config: Config, schema: DataSchema) -> dict[str, Any]:
+    """`privacy` of the results, recomputed from the run's own ledger: what the whole ledger has spent."""
+    with PrivacyLedger.open(Path(str(config.run.ledger))) as ledger:
+        mu = ledger.mu_spent
+        rounds = len(ledger.rounds_of(str(config.run.name)))
+        releases = len(ledger.events())
+        delta = float(ledger.genesis["delta"])
+    z = str(config.run.noise_multiplier)
+    promised = not is_noiseless(z)
+    epsilon = epsilon_of_mu(mu, delta) if promised else None
+    size = contribution_layout(schema.dimension, config.model.rank, private=promised).size
+    return {
+        "epsilon": epsilon,
+        "delta": delta,
+        "mu": mu if promised else None,
+        "replace_one_epsilon": replace_one(mu, delta) if promised else None,
+        "delta_fp": delta_fp(epsilon, size, releases) if epsilon is not None else None,
+        "noise_multiplier": float(z),
+        "rounds": rounds,
+        "not_private": not promised or config.privacy.seed is not None,
+    }
+
+
+def default_folder(now: Callable[[], datetime] = datetime.now) -> Path:
+    """`runs/` and the time; another name where that is taken."""
+    stem = Path("runs") / now().strftime("%Y%m%d-%H%M%S")
+    return stem if not stem.exists() else stem.with_name(f"{stem.name}-{uuid4().hex[:4]}")
+
+
+def _log_again(line: dict[str, Any]) -> None:
+    """What the server logged in a child process, as if it had been logged in this one."""
+    for name, numbers in line.items():
+        ROUNDS_LOG.info(name, extra={name: numbers})
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    dumped = config.model_dump(exclude_none=True)
+    return {f"{section}.{key}": value for section, values in dumped.items() for key, value in values.items()}
+
+
+def _absolute(source: str) -> str:
+    return source if source == "synthetic" else str(Path(source).resolve())
