@@ -5,19 +5,22 @@ How far a user's examples are padded depends on that user's own count and on not
 are the same bits whoever shares the batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from array_api_compat import array_namespace
 
-from common.data import DataSchema, Population
-from common.linalg import apply, dot, transpose
+from common.data import DataSchema, DenseFeatures, ItemFeatures, Population
+from common.linalg import apply, apply_transposed, dot, transpose
 from common.model import IntArray
 
 Array = Any
 _FLOAT_BYTES = 8
 _LARGEST_WEIGHT = 1e6
+_ROWS_AT_ONCE = 2**16
 
 
 class Batch(Protocol):
@@ -31,12 +34,17 @@ class Batch(Protocol):
     def nbytes(self) -> int:
         """Memory it takes."""
 
+    @property
     def cross(self) -> Array:
         """`n x d`, X'y."""
 
     def products(self, M: Array) -> Array:
         """`n x c x d`, M X'X for `M` of `c x d` or `n x c x d`."""
 
+    def column(self, feature: Array) -> Array:
+        """`n x d`, column `feature` (`n` integers) of each user's X'X."""
+
+    @property
     def diagonal(self) -> Array:
         """`n x d`, diagonal of X'X."""
 
@@ -62,9 +70,11 @@ class Design:
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes."""
-        return int(self.X.nbytes + self.y.nbytes + self.weight.nbytes)
+        """Memory it takes beyond the population's own arrays."""
+        own = [array for array in (self.X, self.y, self.weight) if array.base is None]
+        return int(sum(array.nbytes for array in own) + 2 * self.X[:, 0, :].nbytes)
 
+    @cached_property
     def cross(self) -> Array:
         """`n x d`, X'Dy."""
         return ((self.weight * self.y)[:, None, :] @ self.X)[:, 0, :]
@@ -73,6 +83,13 @@ class Design:
         """`n x c x d`, (M X') D X."""
         return ((M @ transpose(self.X)) * self.weight[:, None, :]) @ self.X
 
+    def column(self, feature: Array) -> Array:
+        """`n x d`, X'D x_j."""
+        xp = array_namespace(self.X)
+        at = xp.broadcast_to(feature[:, None, None], (*self.weight.shape, 1))
+        return apply_transposed(self.X, xp.take_along_axis(self.X, at, axis=-1)[:, :, 0] * self.weight)
+
+    @cached_property
     def diagonal(self) -> Array:
         """`n x d`, weighted sums of squares."""
         return (self.weight[:, None, :] @ (self.X * self.X))[:, 0, :]
@@ -104,6 +121,7 @@ class Gram:
         """Memory it takes."""
         return int(self.G.nbytes + self.v.nbytes)
 
+    @property
     def cross(self) -> Array:
         """`n x d`, X'y."""
         return self.v
@@ -112,6 +130,13 @@ class Gram:
         """`n x c x d`, M G."""
         return M @ self.G
 
+    def column(self, feature: Array) -> Array:
+        """`n x d`, row j of the symmetric G."""
+        xp = array_namespace(self.G)
+        n, d, _ = self.G.shape
+        return xp.take_along_axis(self.G, xp.broadcast_to(feature[:, None, None], (n, 1, d)), axis=1)[:, 0, :]
+
+    @property
     def diagonal(self) -> Array:
         """`n x d`."""
         xp = array_namespace(self.G)
@@ -128,7 +153,7 @@ def gram_of(design: Design) -> Gram:
     """The second moments of a design, each user's by a product of its own."""
     G = transpose(design.X) @ (design.weight[:, :, None] * design.X)
     yy = dot(design.weight * design.y, design.y)
-    return Gram(G=G, v=design.cross(), yy=yy, count=design.count)
+    return Gram(G=G, v=design.cross, yy=yy, count=design.count)
 
 
 def padded_length(count: IntArray) -> IntArray:
@@ -157,24 +182,72 @@ def plan_chunks(counts: IntArray, dimension: int, chunk_bytes: int) -> list[Chun
     return chunks
 
 
-def design_of(population: Population, schema: DataSchema, chunk: Chunk) -> Design:
-    """Gather a chunk's examples, cut to the declared ranges; a row with a value that is not finite counts as none."""
-    starts, ends = population.offsets[chunk.users], population.offsets[chunk.users + 1]
-    place = np.arange(chunk.length)[None, :]
-    present = place < (ends - starts)[:, None]
-    rows = np.where(present, starts[:, None] + place, 0).ravel()
-    n, m, d = len(chunk.users), chunk.length, population.features.dimension
+def cleaned(population: Population, schema: DataSchema) -> Population:
+    """The population as its schema declares it: what a solver may trust.
+
+    Values are cut to their declared ranges; an example with a value that is not finite, or a weight that is not
+    positive, gets weight 0. Arrays in which nothing has to change are shared, not copied.
+
+    Args:
+        population: Anything a source may yield.
+        schema: Public ranges.
+    """
+    features = population.features
+    usable = np.isfinite(population.y)
+    weight = population.weight
+    if weight is not None:
+        usable &= np.isfinite(weight) & (weight > 0)
+    if isinstance(features, ItemFeatures):
+        table, finite = _bounded(features.table, schema.feature_bound)
+        features = ItemFeatures(features.item, table)
+        usable &= finite[features.item]
+    else:
+        X = features.X if isinstance(features, DenseFeatures) else features.rows(slice(None))
+        X, finite = _bounded(X, schema.feature_bound)
+        features = DenseFeatures(X)
+        usable &= finite
+    low, high = schema.target_range
+    y = np.clip(np.where(usable, population.y, 0.0), low, high)
+    if weight is None and usable.all():
+        return replace(population, features=features, y=y)
+    ones = np.ones_like(y) if weight is None else np.minimum(np.where(usable, weight, 0.0), _LARGEST_WEIGHT)
+    return replace(population, features=features, y=y, weight=np.where(usable, ones, 0.0))
+
+
+def _bounded(X: npt.NDArray[np.floating[Any]], bound: float) -> tuple[npt.NDArray[np.floating[Any]], Any]:
+    """`X` within [-bound, bound], with zeros in rows that are not finite, and which rows were finite."""
+    finite = np.ones(len(X), np.bool_)
+    inside = True
+    for start in range(0, len(X), _ROWS_AT_ONCE):
+        block = X[start : start + _ROWS_AT_ONCE]
+        finite[start : start + _ROWS_AT_ONCE] = np.isfinite(block).all(axis=1)
+        inside = inside and bool((np.abs(block) <= bound).all())  # false for NaN
+    return (X, finite) if inside else (np.clip(np.where(finite[:, None], X, 0), -bound, bound), finite)
+
+
+def design_of(population: Population, chunk: Chunk) -> Design:
+    """Gather a chunk's examples from a cleaned population; a view where they lie side by side."""
+    users, m = chunk.users, chunk.length
+    n, d = len(users), population.dimension
+    starts, counts = population.offsets[users], population.counts[users]
+    if counts.min(initial=m) == m and users[-1] - users[0] == n - 1:
+        rows: Any = slice(int(starts[0]), int(starts[0]) + n * m)
+        present = np.ones((n, m), np.bool_)
+    else:
+        place = np.arange(m)[None, :]
+        present = place < counts[:, None]
+        rows = np.where(present, starts[:, None] + place, 0).ravel()
     if len(population.y) == 0:
         return Design(X=np.zeros((n, m, d)), y=np.zeros((n, m)), weight=np.zeros((n, m)), count=np.zeros(n))
-    X = np.asarray(population.features.rows(rows), np.float64)
-    y = np.asarray(population.y[rows], np.float64)
-    weight = np.ones_like(y) if population.weight is None else np.asarray(population.weight[rows], np.float64)
-    usable = present.ravel() & np.isfinite(X).all(axis=1) & np.isfinite(y) & np.isfinite(weight) & (weight > 0)
-    weight = np.where(usable, np.minimum(weight, _LARGEST_WEIGHT), 0.0).reshape(n, m)
-    bound, (low, high) = schema.feature_bound, schema.target_range
-    X = np.where(usable[:, None], np.clip(X, -bound, bound), 0.0).reshape(n, m, d)
-    y = np.where(usable, np.clip(y, low, high), 0.0).reshape(n, m)
-    return Design(X=X, y=y, weight=weight, count=weight.sum(axis=1))
+    weight = np.broadcast_to(1.0, (n, m)) if population.weight is None else population.weight[rows].reshape(n, m)
+    if not present.all():
+        weight = np.where(present, weight, 0.0)
+    return Design(
+        X=population.features.rows(rows).reshape(n, m, d),
+        y=population.y[rows].reshape(n, m),
+        weight=weight,
+        count=weight.sum(axis=1),
+    )
 
 
 def form_of(design: Design, *, second_moments_suffice: bool) -> Batch:

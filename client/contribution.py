@@ -12,7 +12,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from client.batches import Batch
-from client.personalize import Solution, evidence_gain, log_prior_odds
+from client.personalize import Solution, log_prior_odds
 from common.families import Family, expit
 from common.linalg import outer
 from common.model import SharedModel
@@ -30,8 +30,10 @@ def marginal_gradient(solution: Solution) -> Array:
     d/dbeta = q.
     """
     xp = array_namespace(solution.w)
-    q = solution.after.q
-    return xp.concat([outer(solution.w, q) - solution.after.UH, q[:, None, :]], axis=1)
+    q, r = solution.after.q, solution.w.shape[1]
+    gradient = outer(xp.concat([solution.w, xp.ones_like(solution.w[:, :1])], axis=1), q)
+    gradient[:, :r, :] -= solution.after.UH
+    return gradient
 
 
 def scalars(
@@ -64,7 +66,7 @@ def _b_score(solution: Solution, model: SharedModel, sparsity: int) -> Array:
     """
     xp = array_namespace(solution.w)
     q, h, v = solution.before.q, solution.before.curvature, model.b_variance
-    responsibility = expit(evidence_gain(q, h, v) - log_prior_odds(model.dimension, sparsity))
+    responsibility = expit(solution.gain - log_prior_odds(model.dimension, sparsity))
     spread = v * h
     slope = (v * q * q / (1 + spread) - spread) / (1 + spread) / 2
     return xp.clip(xp.sum(responsibility * slope, axis=-1) / sparsity, -0.5, 0.5)

@@ -7,7 +7,7 @@ orthogonal matching pursuit with a Bayesian stopping rule.
 
 Source: the linear algebra is Gaussian conditioning; the greedy step is the marginal likelihood gain of one basis
 function of Tipping and Faul, "Fast marginal likelihood maximisation for sparse Bayesian models" (2003), eq. 20-25,
-with the prior variance fixed and the log prior odds as threshold; the scale tau_i is the EM update of a
+with the prior variance fixed and the log prior odds as threshold; the scale tau_i is one EM step of a
 N(0, tau I) prior with an inverse-gamma prior of 10 pseudo-observations around 1.
 """
 
@@ -25,7 +25,6 @@ from common.model import PersonalState, SharedModel
 Array = Any
 SCALE_PRIOR = 10.0
 """Pseudo-observations behind tau = 1: a user needs a lot of evidence to leave the released scale."""
-_SCALE_STEPS = 2
 _NEWTON_STEPS = 6
 _NEWTON_STEPS_AFTER_CHOICE = 3
 _STEP_SIZES = (0.1, 0.3, 1.0)
@@ -34,11 +33,11 @@ _LEAST_CURVATURE = 1e-6
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Marginal:
-    """The users' log marginal likelihood with w integrated out, around the current active set.
+    """The users' log marginal likelihood, with w and the active set of b integrated out.
 
     Attributes:
         q: `n x d`, X' Cov(y)^-1 (y - X beta), its gradient in beta.
-        curvature: `n x d`, diagonal of H = X' Cov(y)^-1 X.
+        curvature: `n x d`, diagonal of H = X' Cov(y)^-1 X; empty if there is no sparse part.
         UH: `n x r x d`, tau U'H, the posterior variance's part of the gradient in U, transposed.
     """
 
@@ -57,8 +56,9 @@ class Solution:
         b: `n x k`, 0 where unused.
         scale: `n`, tau.
         theta: `n x d`, beta + U w + b.
-        before: The marginal likelihood without b; its curvature is empty if `sparsity` is 0.
-        after: The same with b's active set integrated out too.
+        before: The marginal likelihood without b.
+        gain: `n x d`, log evidence that a first nonzero of b at each feature would gain; empty if `sparsity` is 0.
+        after: The marginal likelihood with b's active set.
         precision: `n x (r+k) x (r+k)`, joint posterior precision of (w, b), or empty if not asked for.
         squared_error: `n`, posterior expectation of |y - X theta|^2.
     """
@@ -69,6 +69,7 @@ class Solution:
     scale: Array
     theta: Array
     before: Marginal
+    gain: Array
     after: Marginal
     precision: Array
     squared_error: Array
@@ -76,12 +77,7 @@ class Solution:
     def state(self) -> PersonalState:
         """What the device keeps."""
         return PersonalState(
-            w=self.w,
-            support=self.support,
-            b=self.b,
-            scale=self.scale,
-            precision=self.precision,
-            theta=self.theta,
+            w=self.w, support=self.support, b=self.b, scale=self.scale, precision=self.precision, theta=self.theta
         )
 
 
@@ -91,9 +87,20 @@ class _LowRank:
 
     UG: Array
     K: Array
+    A: Array
     AUG: Array
     scale: Array
     w: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Sparse:
+    """b's active set: features (`n x k`, -1 unused), their indicator (`n x d`) and the first step's gains."""
+
+    support: Array
+    taken: Array
+    gain: Array
+    after: Marginal
 
 
 def log_prior_odds(dimension: int, sparsity: int) -> float:
@@ -134,33 +141,30 @@ def solve(
     xp = array_namespace(model.U)
     s2, v = model.noise_variance, model.b_variance
     low_rank, before = _eliminate(batch, model, with_curvature=sparsity > 0)
-    n, r = low_rank.w.shape
-    if sparsity:
-        picks, after = _pursue(batch, model, low_rank, before, sparsity, support)
-    else:
-        picks, after = [], before
-    active = sum((one_hot(pick, model.dimension) for pick in picks), start=xp.zeros_like(before.q))
+    sparse = _pursue(batch, model, low_rank, before, sparsity=sparsity, support=support)
+    after = sparse.after
     # posterior means are prior covariance times the gradient of the log marginal likelihood
-    w = low_rank.scale[:, None] * apply(transpose(model.U), after.q) if sparsity else low_rank.w
-    theta_b = v * after.q * active
-    theta = model.beta[None, :] + apply(model.U, w) + theta_b
+    w = low_rank.scale[:, None] * (after.q @ model.U) if sparsity else low_rank.w
+    theta = model.beta[None, :] + w @ transpose(model.U)
     # E|y - X theta|^2 = |y - X E theta|^2 + s2 (tr(tau U'HU) + v sum of H_jj over the active set)
-    spread = trace(after.UH @ model.U)
     if sparsity:
-        spread = spread + v * dot(after.curvature, active)
-    index = {"dtype": xp.int64, "device": before.q.device}
-    support = xp.stack(picks, axis=-1) if picks else xp.zeros((n, 0), **index)
-    b = xp.stack([dot(theta_b, one_hot(p, model.dimension)) for p in picks], axis=-1) if picks else w[:, :0]
-    precision = _precision(batch, low_rank, support, model) if with_precision else low_rank.K[:, :0, :0]
+        theta_b = v * after.q * sparse.taken
+        theta = theta + theta_b
+        b = xp.take_along_axis(theta_b, xp.clip(sparse.support, 0, None), axis=-1) * (sparse.support >= 0)
+        spread = trace(after.UH @ model.U) + v * dot(after.curvature, sparse.taken)
+    else:
+        b = w[:, :0]
+        spread = xp.sum(xp.sum(low_rank.A * low_rank.K, axis=-1), axis=-1)  # tau U'HU = A K
     return Solution(
         w=w,
-        support=support,
+        support=sparse.support,
         b=b,
         scale=low_rank.scale,
         theta=theta,
         before=before,
+        gain=sparse.gain,
         after=after,
-        precision=precision,
+        precision=_precision(batch, low_rank, sparse.support, model) if with_precision else low_rank.K[:, :0, :0],
         squared_error=batch.squared_error(theta) + s2 * spread,
     )
 
@@ -170,28 +174,26 @@ def _eliminate(batch: Batch, model: SharedModel, *, with_curvature: bool) -> tup
     xp = array_namespace(model.U)
     U, s2, r = model.U, model.noise_variance, model.rank
     moments = batch.products(xp.concat([transpose(U), model.beta[None, :]], axis=0))
-    UG, e = moments[:, :r, :], batch.cross() - moments[:, r, :]
+    UG, e = moments[:, :r, :], batch.cross - moments[:, r, :]
     K, h = (UG @ U) / s2, (e @ U) / s2
     A, scale = _scale_by_em(K, h)
     w = apply(A, h)
     AUG = A @ UG
     empty = e[:, :0]
-    curvature = batch.diagonal() / s2 - xp.sum(AUG * UG, axis=1) / s2**2 if with_curvature else empty
+    curvature = batch.diagonal / s2 - xp.sum(AUG * UG, axis=1) / s2**2 if with_curvature else empty
     # tau U'H = A U'G / s2, since I - A K = A / tau
     marginal = Marginal(q=(e - apply_transposed(UG, w)) / s2, curvature=curvature, UH=AUG / s2)
-    return _LowRank(UG=UG, K=K, AUG=AUG, scale=scale, w=w), marginal
+    return _LowRank(UG=UG, K=K, A=A, AUG=AUG, scale=scale, w=w), marginal
 
 
 def _scale_by_em(K: Array, h: Array) -> tuple[Array, Array]:
-    """Personal variance tau by two EM steps from 1, and A = (K + I / tau)^-1 at the last tau."""
+    """A = (K + I / tau)^-1 and the personal variance tau, by one EM step from 1 (more gain nothing)."""
     xp = array_namespace(K)
-    n, r = h.shape
+    r = h.shape[1]
     eye = xp.eye(r, dtype=K.dtype, device=K.device)[None, :, :]
-    scale = xp.ones((n,), dtype=K.dtype, device=K.device)
-    for _ in range(_SCALE_STEPS):
-        A = inverse_positive(K + eye / scale[:, None, None])
-        w = apply(A, h)
-        scale = (SCALE_PRIOR + dot(w, w) + trace(A)) / (SCALE_PRIOR + r)
+    A = inverse_positive(K + eye)
+    w = apply(A, h)
+    scale = (SCALE_PRIOR + dot(w, w) + trace(A)) / (SCALE_PRIOR + r)
     return inverse_positive(K + eye / scale[:, None, None]), scale
 
 
@@ -200,48 +202,52 @@ def _pursue(
     model: SharedModel,
     low_rank: _LowRank,
     before: Marginal,
+    *,
     sparsity: int,
     support: Array | None,
-) -> tuple[list[Array], Marginal]:
+) -> _Sparse:
     """Add features to b one by one while their evidence beats the log prior odds; exact rank-one updates."""
     xp = array_namespace(before.q)
-    d, s2, v = model.dimension, model.noise_variance, model.b_variance
+    d, r, s2, v = model.dimension, model.rank, model.noise_variance, model.b_variance
+    n = before.q.shape[0]
+    like = {"dtype": before.q.dtype, "device": before.q.device}
+    picks = xp.full((n, sparsity), -1, dtype=xp.int64, device=before.q.device)
+    if not sparsity:
+        return _Sparse(support=picks, taken=before.q[:, :0], gain=before.q[:, :0], after=before)
     threshold = log_prior_odds(d, sparsity)
     q, curvature = before.q, before.curvature
-    taken = xp.zeros_like(q)
-    columns: list[Array] = []  # each `n x d`, a column of H when it was added
-    weights: list[Array] = []
-    picks: list[Array] = []
+    taken = xp.zeros((n, d), **like)
+    first_gain = evidence_gain(q, curvature, v)
+    # H = G / s2 - left' right, a row for each direction that is integrated out: first w's, then b's
+    left, right = xp.zeros((n, r + sparsity, d), **like), xp.zeros((n, r + sparsity, d), **like)
+    left[:, :r, :] = low_rank.UG / s2**2
+    right[:, :r, :] = low_rank.AUG
     for step in range(sparsity):
         if support is None:
-            gain = xp.where(taken > 0, -xp.inf, evidence_gain(q, curvature, v))
-            pick = xp.argmax(gain, axis=-1)
-            best = xp.take_along_axis(gain, pick[:, None], axis=-1)[:, 0]
-            pick = xp.where(best > threshold, pick, -1)
+            gain = xp.where(taken > 0, -xp.inf, evidence_gain(q, curvature, v)) if step else first_gain
+            best = xp.argmax(gain, axis=-1)
+            pick = xp.where(xp.take_along_axis(gain, best[:, None], axis=-1)[:, 0] > threshold, best, -1)
         else:
             pick = support[:, step]
-        picks.append(pick)
-        if not xp.any(pick >= 0):
+        used = pick >= 0
+        if not xp.any(used):
             continue
-        at = one_hot(pick, d)
-        taken = taken + at
-        # column j of H = G / s2 - G U A U'G / s2^2, less the rank-one terms so far
-        column = batch.products(at[:, None, :])[:, 0, :] / s2
-        column = column - apply_transposed(low_rank.AUG, apply(low_rank.UG, at)) / s2**2
-        if columns:
-            earlier = xp.stack(columns, axis=1)
-            column = column - apply_transposed(earlier, xp.stack(weights, axis=1) * apply(earlier, at))
+        picks[:, step] = pick
+        at = xp.where(used, pick, xp.zeros_like(pick))[:, None]
+        here = left[:, : r + step, :]
+        coefficients = xp.take_along_axis(here, xp.broadcast_to(at[:, None, :], (n, r + step, 1)), axis=-1)
+        column = batch.column(at[:, 0]) / s2 - apply_transposed(right[:, : r + step, :], coefficients[:, :, 0])
         # Sherman-Morrison: b_j ~ N(0, v) in Cov(y) lowers H by v / (1 + v H_jj) times column column'
-        weight = v / (1 + v * dot(column, at)) * xp.astype(pick >= 0, q.dtype)
-        q = q - column * (weight * dot(q, at))[:, None]
-        curvature = curvature - column * column * weight[:, None]
-        columns.append(column)
-        weights.append(weight)
-    if not columns:
-        return picks, before
-    C = xp.stack(columns, axis=1)
-    lowering = transpose(C @ model.U) * (xp.stack(weights, axis=1) * low_rank.scale[:, None])[:, None, :]
-    return picks, Marginal(q=q, curvature=curvature, UH=before.UH - lowering @ C)
+        weight = v / (1 + v * xp.take_along_axis(column, at, axis=-1)) * used[:, None]
+        scaled = weight * column
+        q = q - scaled * xp.take_along_axis(q, at, axis=-1)
+        curvature = curvature - scaled * column
+        left[:, r + step, :] = scaled
+        right[:, r + step, :] = column
+        taken = taken + one_hot(pick, d)
+    lowering = transpose((left[:, r:, :] @ model.U) * low_rank.scale[:, None, None]) @ right[:, r:, :]
+    after = Marginal(q=q, curvature=curvature, UH=before.UH - lowering)
+    return _Sparse(support=picks, taken=taken, gain=first_gain, after=after)
 
 
 def _precision(batch: Batch, low_rank: _LowRank, support: Array, model: SharedModel) -> Array:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from client.batches import Batch, Chunk, design_of, form_of, plan_chunks
+from client.batches import Batch, Chunk, cleaned, design_of, form_of, plan_chunks
 from client.contribution import contribute
 from client.personalize import personalize
 from common.data import DataSchema, Population
@@ -13,7 +13,7 @@ from common.model import Array, IntArray, SharedModel
 from privacy.layout import Layout
 
 CHUNK_BYTES = 2**22
-CACHE_BYTES = 2**30
+CACHE_BYTES = 2**28
 
 
 class Shard:
@@ -34,7 +34,7 @@ class Shard:
         chunk_bytes: int = CHUNK_BYTES,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.population = population
+        self.population = cleaned(population, schema)
         self.schema = schema
         self.family = family
         self._chunks = plan_chunks(population.counts, population.dimension, chunk_bytes)
@@ -55,7 +55,7 @@ class Shard:
 
     def batch_of(self, chunk: Chunk) -> Batch:
         """The batch of any chunk of this shard's users."""
-        design = design_of(self.population, self.schema, chunk)
+        design = design_of(self.population, chunk)
         return form_of(design, second_moments_suffice=self.family.name == "squared")
 
 
@@ -101,7 +101,8 @@ def total_contribution(
     total = np.zeros(layout.size, np.int64)
     with np.errstate(all="ignore"):  # a user's overflow is that user's zeros, and no warning's business
         for chunk, batch in shard.batches():
-            total += admitted[chunk.users] @ _isolated(integers, shard, chunk, batch, layout.size)
+            grid, counts = _isolated(integers, shard, chunk, batch, layout.size), admitted[chunk.users]
+            total += (grid if counts.all() else grid[counts]).sum(axis=0)
     return total
 
 

@@ -19,7 +19,7 @@ from common.model import Array, IntArray, SharedModel
 
 PROTOCOL_VERSION = 1
 _MAGIC = b"umbel\x00\x00\x01"
-_DTYPES = {"<f8": np.dtype("<f8"), "<i8": np.dtype("<i8"), "|u1": np.dtype("|u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {"<f8": np.dtype("<f8"), "<i8": np.dtype("<i8"), "|u1": np.dtype("|u1")}
 
 
 def canonical_json(value: Any) -> bytes:
@@ -52,10 +52,11 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         position = start + length
         for name, (dtype, shape) in parsed["arrays"].items():
             count = math.prod(shape)
-            arrays[name] = np.frombuffer(data, _DTYPES[dtype], count, position).reshape(shape)
-            position += arrays[name].nbytes
+            values: npt.NDArray[Any] = np.frombuffer(data, _DTYPES[str(dtype)], int(count), int(position))
+            arrays[str(name)] = values.reshape(shape)
+            position += values.nbytes
         header = parsed["header"]
-        if position == len(data) and encode(header, arrays) == data:
+        if isinstance(header, dict) and position == len(data) and encode(header, arrays) == data:
             return header, arrays
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
         pass
@@ -147,7 +148,7 @@ class Broadcast:
                 sealing_key=bytes.fromhex(header["sealing_key"]),
             )
             d = broadcast.model.beta.size
-            shapes_fit = broadcast.model.U.ndim == 2 and broadcast.model.U.shape[0] == d  # noqa: PLR2004
+            shapes_fit = broadcast.model.U.ndim == 2 and broadcast.model.U.shape[0] == d
             shapes_fit &= broadcast.metric.shape == (d, d) and broadcast.digests.shape[1:] == (32,)
             finite = all(np.isfinite(a).all() for a in (broadcast.model.beta, broadcast.model.U, broadcast.metric))
         except (KeyError, TypeError, ValueError) as error:

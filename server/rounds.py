@@ -23,7 +23,9 @@ _LEAST_PROGRESS = 0.2
 _RELIABILITY_EXAMPLES = 10.0
 _RELIABILITY_BOUNDS = (0.2, 0.9)
 _FIRST_EFFECTIVE_EXAMPLES = 20.0
-_NOISE_VARIANCE_BOUNDS = (0.02, 4.0)
+_NOISE_VARIANCE_BOUNDS = (1e-4, 4.0)
+_TYPICAL_SCORE = 0.2
+_SCORE_BOUNDS = (-0.63, 0.5)
 _LEAST_PRESENCE = 0.05
 
 
@@ -126,19 +128,22 @@ def apply_round(
     velocity = _MOMENTUM * signal * state.velocity + metric @ gradient
 
     # back to the users' own units: scalars_to_ball multiplied by 2 / sqrt(c)
-    bit, presence, reliability, residual, b_score = scalar_mean * math.sqrt(layout.groups[1].size) / 2
+    to_own = math.sqrt(layout.groups[1].size) / 2
+    bit, presence, reliability, residual, b_score = scalar_mean * to_own
+    scalar_stddev = to_own * noise_multiplier / (layout.groups[1].share * denominator)
     present = max(2 * float(presence), _LEAST_PRESENCE)  # share of the invited users that took part
     mean_reliability = float(np.clip(reliability / present + 0.5, *_RELIABILITY_BOUNDS))
     reliability_sum = state.reliability_sum + mean_reliability
     typical = reliability_sum / (state.server_round + 1)
-    noise_variance = model.noise_variance
+    noise_variance, b_variance = model.noise_variance, model.b_variance
     if family == "squared":
-        score = float(np.clip(4 * residual / (present * mean_reliability), -0.5, 0.5))
+        scale = 4 / (present * mean_reliability)
+        noise_variance *= _factor(scale * float(residual), scale * scalar_stddev)
         low, high = (bound * state.first_noise_variance for bound in _NOISE_VARIANCE_BOUNDS)
-        noise_variance = float(np.clip(noise_variance * math.exp(step * score), low, high))
-    b_variance = model.b_variance
+        noise_variance = float(np.clip(noise_variance, low, high))
     if sparsity:
-        b_variance *= math.exp(step * float(np.clip(2 * b_score / present, -0.5, 0.5)))
+        scale = 2 / present
+        b_variance *= _factor(scale * float(b_score), scale * scalar_stddev)
     updated = SharedModel(
         beta=model.beta + step * velocity[:, r],
         U=model.U + step * velocity[:, :r],
@@ -157,6 +162,17 @@ def apply_round(
         effective_examples=_RELIABILITY_EXAMPLES * typical / (1 - typical),
         clipping_norm=clipping_norm,
     )
+
+
+def _factor(score: float, stddev: float) -> float:
+    """What a variance is multiplied by: the EM step 1 + score, damped where the release's noise drowns it.
+
+    The damping is the weight of an observation of standard deviation `stddev` against a step of its own size, or
+    of `_TYPICAL_SCORE` where it is smaller: 1 without noise.
+    """
+    score = float(np.clip(score, *_SCORE_BOUNDS))
+    size = max(abs(score), _TYPICAL_SCORE)
+    return float((1 + score) ** (size**2 / (size**2 + stddev**2)))
 
 
 def _signal_share(gradient: Array, noise_stddev: float) -> float:

@@ -249,7 +249,7 @@ def _loss_gradient(batch: Batch, theta: Array, family: Family) -> Array:
     """`n x d`, X'(y - mean), minus the gradient of the negative log likelihood at noise variance 1."""
     rows = np.broadcast_to(theta, (len(batch.count), theta.shape[-1]))
     if family.name == "squared":
-        return np.asarray(batch.cross() - batch.products(rows[:, None, :])[:, 0, :])
+        return np.asarray(batch.cross - batch.products(rows[:, None, :])[:, 0, :])
     if not isinstance(batch, Design):
         raise TypeError("Expected a Design for a family other than squared.")
     residual = batch.weight * family.residual(apply(batch.X, rows), batch.y)

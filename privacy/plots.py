@@ -1,0 +1,184 @@
+"""The plots of a report, as SVG for the inside of a page.
+
+Drawn by matplotlib in the colours of the page: each is written as a CSS variable, so that one drawing is readable
+on light, dark and paper. Equal numbers give equal bytes. Nothing in a plot refers to anything outside the page.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours no one would choose, each standing for a variable of the page's style sheet.
+_INK, _MUTED, _RULE, _ACCENT, _TINT, _WARN = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule", _ACCENT: "accent", _TINT: "tint", _WARN: "warn"}
+_SETTINGS = {
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched, and takes the page's font
+    "svg.hashsalt": "umbel",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.parse_math": False,
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "axes.titlecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+}
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_MOST_MARKERS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRow:
+    """The errors of one method.
+
+    Attributes:
+        label: What it is called.
+        errors: By group of users, None where the group is empty.
+        is_ours: Whether it is the released model.
+    """
+
+    label: str
+    errors: Mapping[str, float | None]
+    is_ours: bool
+
+
+def epsilon_plot(
+    points: Sequence[tuple[int, float]], *, budget: float, run_starts: Mapping[int, str], description: str
+) -> str:
+    """Epsilon spent after each charged round, against the budget.
+
+    Args:
+        points: Number of the round in its ledger, and epsilon after it; finite.
+        budget: Epsilon that may be spent; inf draws no line.
+        run_starts: Runs by the number of their first round.
+        description: For whoever does not see the plot.
+    """
+    import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
+
+    with mpl.rc_context(_SETTINGS):
+        figure, axes = _figure(7.2, 2.7)
+        numbers, epsilons = [0, *(n for n, _ in points)], [0.0, *(epsilon for _, epsilon in points)]
+        axes.plot(
+            numbers,
+            epsilons,
+            color=_ACCENT,
+            linewidth=1.6,
+            marker="o" if len(points) <= _MOST_MARKERS else None,
+            markersize=4,
+            clip_on=False,
+            zorder=3,
+        )
+        top = max(epsilons)
+        if budget < float("inf"):
+            top = max(top, budget)
+            axes.axhline(budget, color=_WARN, linewidth=1.2, linestyle=(0, (5, 3)))
+            axes.annotate("budget", (0, budget), (4, -4), textcoords="offset points", va="top", color=_WARN)
+        if len(run_starts) > 1:
+            for start, run in run_starts.items():
+                axes.axvline(start - 0.5, color=_RULE, linewidth=0.8, zorder=1)
+                axes.annotate(run[:14], (start - 0.5, 0), (4, 4), textcoords="offset points", color=_MUTED, size=8)
+        axes.set_xlim(0, max(numbers) or 1)
+        axes.set_ylim(0, (top or 1) * 1.06)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.grid(True, color=_RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("charged rounds of the ledger")
+        axes.set_ylabel("epsilon spent")
+        return _svg(figure, "epsilon", description)
+
+
+def error_plot(
+    rows: Sequence[ErrorRow], *, groups: Mapping[str, str], standard_error: float | None, metric: str, description: str
+) -> str:
+    """Errors of all methods, a panel for each group of users.
+
+    Args:
+        rows: From top to bottom.
+        groups: Titles of the panels by group; the first one is of all users.
+        standard_error: Of ours in the first panel.
+        metric: Title of the axis.
+        description: For whoever does not see the plot.
+    """
+    import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
+
+    with mpl.rc_context(_SETTINGS):
+        figure, *panels = _figure(8.2, 0.75 + 0.27 * len(rows), columns=len(groups))
+        for panel, (group, title) in zip(panels, groups.items(), strict=True):
+            _error_panel(panel, rows, group, title)
+        ours = next((row.errors[next(iter(groups))] for row in rows if row.is_ours), None)
+        if ours is not None and standard_error is not None:
+            panels[0].axvspan(ours - standard_error, ours + standard_error, color=_TINT, linewidth=0, zorder=0)
+            panels[0].errorbar(
+                ours, _ours_position(rows), xerr=standard_error, color=_ACCENT, capsize=3, linewidth=1.4, zorder=4
+            )
+        panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
+        for label, row in zip(panels[0].get_yticklabels(), rows, strict=True):
+            label.set_color(_ACCENT if row.is_ours else _INK)
+        figure.supxlabel(f"{metric} on held-out examples, lower is better", color=_MUTED, size=10)
+        return _svg(figure, "errors", description)
+
+
+def _error_panel(panel: "Axes", rows: Sequence[ErrorRow], group: str, title: str) -> None:
+    panel.set_title(title, size=10, pad=8)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.yaxis.grid(True, color=_RULE, linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.tick_params(axis="y", length=0, labelcolor=_INK)
+    panel.spines["left"].set_visible(False)
+    panel.locator_params(axis="x", nbins=3)
+    for position, row in enumerate(rows):
+        error = row.errors.get(group)
+        if error is None:
+            continue
+        if row.is_ours:
+            panel.axvline(error, color=_ACCENT, linewidth=0.8, alpha=0.6, zorder=1)
+        marker, color, size = ("D", _ACCENT, 6.5) if row.is_ours else ("o", _INK, 5)
+        panel.plot(error, position, marker=marker, color=color, markersize=size, linestyle="none", zorder=5)
+
+
+def _ours_position(rows: Sequence[ErrorRow]) -> int:
+    return next(position for position, row in enumerate(rows) if row.is_ours)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> Any:
+    from matplotlib.figure import Figure  # noqa: PLC0415 (as above)
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    panels = figure.subplots(1, columns, sharex=True, sharey=True, squeeze=False)[0]
+    for panel in panels:
+        panel.patch.set_alpha(0)
+    return figure, *panels
+
+
+def _svg(figure: "Figure", name: str, description: str) -> str:
+    """The drawing without what only a file of its own needs, in the page's colours and font."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    head, rest = drawn.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', head)
+    rest = rest.replace("xlink:href", "href")
+    # several drawings share a page: each has identifiers of its own
+    rest = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", rest)
+    for color, variable in _VARIABLES.items():
+        rest = rest.replace(color, f"var(--{variable})")
+    rest = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", rest)
+    label = escape(description, quote=True)
+    return f'<svg role="img" aria-label="{label}" {view.group() if view else ""}>{rest}'

@@ -1,0 +1,509 @@
+"""The public facts of a ledger or a finished run, collected for a privacy report.
+
+Reads what may be published (a ledger, the release folder of a run) and nothing else: no raw data, no configuration,
+no key. All numbers are recomputed from the ledger's lines, for the worst-case user of the whole ledger, and rounded
+against us. Page and files are made by `privacy.report_page`.
+"""
+
+import dataclasses
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from common.errors import StorageError, UmbelError, VerificationError
+from common.files import unpack
+from privacy.accounting import PrivacySpent, mu_curve, spent
+from privacy.audit.verify import Anchor, Verification, verify
+from privacy.disclosure import SIGNATURE_LIMITS, UNPROTECTED, Viewpoint, tuning_note, who_sees_what
+from privacy.gaussian import epsilon_of_mu, replace_one
+from privacy.ledger_state import Event, Round
+from privacy.lines import parse_line
+from privacy.mechanism import delta_fp
+from privacy.participation import is_noiseless, is_unlimited, max_contributions
+from privacy.rounding import rounded_up
+
+FORMAT = 1
+"""Of `report.json`."""
+_DELTAS = (1e-5, 1e-6, 1e-7, 1e-9)
+_MOST_POINTS = 200
+_EDGE_POINTS = 60
+_PACKAGES = ("umbel", "numpy", "flwr", "cryptography", "dp-accounting")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """The verdict on the ledger.
+
+    Attributes:
+        status: "verified" only against the owner's public key.
+        line: Number of the line that failed, from 1, or None.
+        reason: Why it failed, or an empty string.
+        lines: Valid lines, by type.
+        sequence: Number of the last valid line, from 0.
+        head: The head after it, hex.
+        public_keys: Every key, hex; the last is in force.
+        torn_bytes: Bytes after the last complete line, which count for nothing.
+        first_time: When the first line was written, UTC.
+        last_time: When the last valid line was written, UTC.
+        releases_found: How many committed releases of the run are in its folder, with their SHA-256; None for a
+            bare ledger.
+    """
+
+    status: str
+    line: int | None
+    reason: str
+    lines: Mapping[str, int]
+    sequence: int
+    head: str
+    public_keys: tuple[str, ...]
+    torn_bytes: int
+    first_time: str
+    last_time: str
+    releases_found: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtDelta:
+    """The whole ledger's epsilon at another delta, rounded up."""
+
+    delta: float
+    epsilon: float
+    replace_one_epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """Epsilon at the budget's delta after so many charged rounds of the ledger."""
+
+    number: int
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attendance:
+    """How many nodes were invited to a round, how many answered, and the public codes of the refusals."""
+
+    invited: int
+    answered: int
+    refusals: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundFacts:
+    """One charged round.
+
+    Attributes:
+        number: Among all charged rounds of the ledger, from 1.
+        run: The run that charged it.
+        server_round: Its number in that run.
+        sequence: Number of the RESERVE line.
+        noise_multiplier: z, as the ledger spells it.
+        clipping_norm: C, as the ledger spells it.
+        shares: Radius of each group's ball.
+        coordinates: D, of all groups together.
+        grid_scale: K.
+        denominator: What the noised sum is divided by, public.
+        sampling: "none", or how users were sampled.
+        cap: How often one user's filter admits a round like this, or None without a limit.
+        noise: Where noise came from.
+        initialization: Whether it made the first model.
+        invited_users: Users on the nodes that were invited.
+        outcome: What became of the charge.
+        attendance: Of nodes; None where it is not known.
+    """
+
+    number: int
+    run: str
+    server_round: int
+    sequence: int
+    noise_multiplier: str
+    clipping_norm: str
+    shares: Mapping[str, str]
+    coordinates: int
+    grid_scale: int
+    denominator: int
+    sampling: str
+    cap: int | None
+    noise: str
+    initialization: bool
+    invited_users: int
+    outcome: str
+    attendance: Attendance | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The released model, as its own file describes it."""
+
+    family: str
+    dimension: int
+    rank: int
+    sparsity: int
+    feature_names: tuple[str, ...]
+    ledger_head: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyReport:
+    """Everything a report says; public facts only.
+
+    Attributes:
+        not_private: Why nothing is promised; empty where something is.
+        population: Whose privacy is counted.
+        ledger_id: The ledger's own name.
+        unit: What is protected.
+        neighboring_relation: What one user's data is compared with.
+        max_nodes_per_user: s.
+        population_size: Registered users, or None.
+        users_per_node: The most users that one node hosts, or None.
+        budget_epsilon: What may be spent; inf where nothing is promised.
+        budget_delta: Its delta.
+        spent: By the worst-case user, over the whole ledger.
+        at_deltas: The same at other deltas.
+        delta_fp: What finite precision adds to delta.
+        curve: Epsilon over rounds; all of them up to 200, then a selection.
+        verification: Of the ledger.
+        run: The run this report is of, or None.
+        runs: Public bodies of the START lines.
+        rounds: All charged rounds.
+        model: The released model, or None.
+        who_sees_what: A table in words.
+        unprotected: What epsilon does not cover.
+        signature_limits: What a signature cannot show.
+        tuning: Whether the choice of settings is covered.
+        versions: Of the software that wrote this report.
+    """
+
+    not_private: tuple[str, ...]
+    population: str
+    ledger_id: str
+    unit: str
+    neighboring_relation: str
+    max_nodes_per_user: int
+    population_size: int | None
+    users_per_node: int | None
+    budget_epsilon: float
+    budget_delta: float
+    spent: PrivacySpent
+    at_deltas: tuple[AtDelta, ...]
+    delta_fp: float
+    curve: tuple[CurvePoint, ...]
+    verification: Verified
+    run: str | None
+    runs: Mapping[str, Mapping[str, Any]]
+    rounds: tuple[RoundFacts, ...]
+    model: ModelFacts | None
+    who_sees_what: tuple[Viewpoint, ...]
+    unprotected: tuple[str, ...]
+    signature_limits: tuple[str, ...]
+    tuning: str
+    versions: Mapping[str, str]
+
+    @property
+    def statement(self) -> str:
+        """What is promised to whom, in one sentence."""
+        if self.verification.status == "failed":
+            return f"Nothing can be said about the users of “{self.population}”: the ledger does not verify."
+        if self.not_private:
+            return f"No user of “{self.population}” is promised anything: {'; '.join(self.not_private)}."
+        if not self.rounds:
+            return f"Nothing has been released about the users of “{self.population}” from this ledger yet."
+        several = self.max_nodes_per_user > 1
+        nodes = f", who may be a user of up to {self.max_nodes_per_user} nodes" if several else ""
+        return (
+            f"Everything released about the users of “{self.population}” so far, counting the whole ledger "
+            f"({counted(len(self.rounds), 'charged round')} of {counted(len(self.runs), 'run')}), is differentially "
+            f"private for each single {self.unit} with ε = {rounded_up(self.spent.epsilon)} and "
+            f"δ = {rounded_up(self.spent.delta)}: all data of any one {self.unit}{nodes}, in all rounds, is compared "
+            f"with a contribution of zeros (the {self.neighboring_relation} relation), and the server that adds the "
+            "noise is trusted (central trust)."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON; what is infinite is null."""
+        plain: dict[str, Any] = _plain(
+            {"format": FORMAT, "statement": self.statement, **dataclasses.asdict(self)},
+        )
+        return plain
+
+
+def report_of(run_root: Path, *, public_key: str | None = None, anchor: Anchor | None = None) -> PrivacyReport:
+    """The report of a finished run, from its release folder.
+
+    Args:
+        run_root: The run folder.
+        public_key: The owner's key, hex, if it is known from elsewhere.
+        anchor: A head that the ledger must have had.
+
+    Raises:
+        UmbelError: If the run has no release yet, or a file of it cannot be read.
+        VerificationError: If the ledger does not even begin with a valid line.
+    """
+    release = run_root / "release"
+    ledger = release / "ledger.jsonl"
+    if not ledger.exists():
+        raise UmbelError(f"Expected a finished run, got no {ledger}. Resume the run, or report on its ledger.")
+    model_path = release / "model.safetensors"
+    arrays, facts = unpack(model_path) if model_path.exists() else ({}, {})
+    run = _text_or_none(facts.get("run"))
+    rounds_folder = release / "rounds"
+    checked = verify(
+        ledger,
+        public_key=public_key,
+        anchor=anchor,
+        release_found=lambda entry: entry.run != run or _is_there(rounds_folder, entry),
+    )
+    return _report(
+        ledger,
+        checked,
+        run=run,
+        releases_found=sum(entry.run == run and _is_there(rounds_folder, entry) for entry in checked.commits),
+        attendance=_attendance(release / "metrics.jsonl"),
+        model=_model_facts(arrays, facts) if arrays else None,
+    )
+
+
+def report_of_ledger(path: Path, *, public_key: str | None = None, anchor: Anchor | None = None) -> PrivacyReport:
+    """The report of a ledger that comes without a run.
+
+    Raises:
+        UmbelError: If it cannot be read.
+        VerificationError: If it does not even begin with a valid line.
+    """
+    checked = verify(path, public_key=public_key, anchor=anchor)
+    return _report(path, checked, run=None, releases_found=None, attendance={}, model=None)
+
+
+def read_evaluation(run_root: Path) -> dict[str, Any] | None:
+    """What a simulation computed from raw data, or None where there is none; never part of a `PrivacyReport`.
+
+    Raises:
+        UmbelError: If the file is not as umbel wrote it.
+    """
+    path = run_root / "evaluation" / "results.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        if not {"metric", "error", "baselines"} <= found.keys():
+            raise ValueError("not all of its sections are there")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UmbelError(f"Expected {path} as umbel wrote it, got something else. Restore or remove it.") from error
+    return dict(found)
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def _report(
+    ledger: Path,
+    checked: Verification,
+    *,
+    run: str | None,
+    releases_found: int | None,
+    attendance: Mapping[int, Attendance],
+    model: ModelFacts | None,
+) -> PrivacyReport:
+    genesis = checked.genesis
+    if not genesis:
+        raise VerificationError(f"Expected a ledger, got {ledger}: {checked.reason} There is nothing to report.")
+    registry = checked.registry or {}
+    delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
+    multipliers = [str(event["noise_multiplier"]) for event in checked.events]
+    rounds = tuple(
+        _round_facts(number, entry, genesis["mu_max"], attendance if entry.run == run else {})
+        for number, entry in enumerate(checked.rounds, 1)
+    )
+    total = _spent(multipliers, delta, s)
+    return PrivacyReport(
+        not_private=_reasons(checked),
+        population=genesis["population"],
+        ledger_id=genesis["ledger_id"],
+        unit=genesis["unit"],
+        neighboring_relation=genesis["neighboring_relation"],
+        max_nodes_per_user=s,
+        population_size=registry.get("population_size"),
+        users_per_node=registry.get("users_per_node"),
+        budget_epsilon=float(genesis["epsilon"]),
+        budget_delta=delta,
+        spent=total,
+        at_deltas=tuple(_at_delta(total.mu, each) for each in sorted({*_DELTAS, delta}, reverse=True)),
+        delta_fp=delta_fp(total.epsilon, sum(facts.coordinates for facts in rounds), 1) if rounds else 0.0,
+        curve=_curve(multipliers, delta, s),
+        verification=_verified(ledger, checked, releases_found),
+        run=run,
+        runs=dict(checked.runs),
+        rounds=rounds,
+        model=model,
+        who_sees_what=who_sees_what(registry.get("users_per_node")),
+        unprotected=UNPROTECTED,
+        signature_limits=SIGNATURE_LIMITS,
+        tuning=tuning_note(len(checked.runs), len(rounds)),
+        versions=_versions(),
+    )
+
+
+def _verified(ledger: Path, checked: Verification, releases_found: int | None) -> Verified:
+    lines = ledger.read_bytes().split(b"\n", checked.sequence + 1)
+    return Verified(
+        status=checked.status,
+        line=checked.line,
+        reason=checked.reason,
+        lines=dict(checked.counts),
+        sequence=checked.sequence,
+        head=checked.head,
+        public_keys=checked.public_keys,
+        torn_bytes=checked.torn_bytes,
+        first_time=parse_line(lines[0]).time,
+        last_time=parse_line(lines[checked.sequence]).time,
+        releases_found=releases_found,
+    )
+
+
+def _reasons(checked: Verification) -> tuple[str, ...]:
+    """Why the rounds of a ledger promise nothing."""
+    sources = Counter(str(event["noise"]) for event in checked.events)
+    total = sum(sources.values())
+    reasons = []
+    if sources["none"]:
+        reasons.append(f"{sources['none']:,} of {counted(total, 'charged round')} had no noise")
+    if sources["seeded (NOT PRIVATE)"]:
+        count = sources["seeded (NOT PRIVATE)"]
+        reasons.append(
+            f"{count:,} of {counted(total, 'charged round')} drew the noise from a seed, "
+            "and whoever knows the seed can subtract it"
+        )
+    if not reasons and is_unlimited(checked.genesis["mu_max"]):
+        reasons.append("the ledger has no budget, so nothing limits what will be released")
+    return tuple(reasons)
+
+
+def _round_facts(number: int, entry: Round, mu_max: str, attendance: Mapping[int, Attendance]) -> RoundFacts:
+    event: Event = entry.event
+    return RoundFacts(
+        number=number,
+        run=entry.run,
+        server_round=entry.server_round,
+        sequence=entry.sequence,
+        noise_multiplier=event["noise_multiplier"],
+        clipping_norm=event["clipping_norm"],
+        shares={group["name"]: group["share"] for group in event["groups"]},
+        coordinates=sum(group["size"] for group in event["groups"]),
+        grid_scale=event["grid_scale"],
+        denominator=event["denominator"],
+        sampling=event["sampling"],
+        cap=_cap(mu_max, event["noise_multiplier"]),
+        noise=event["noise"],
+        initialization=event["initialization"],
+        invited_users=entry.invited_users,
+        outcome=_outcome(entry),
+        attendance=attendance.get(entry.server_round),
+    )
+
+
+def _outcome(entry: Round) -> str:
+    if entry.release_digest is not None:
+        return "released"
+    return "charged, nothing released" if entry.abort_code is None else f"charged, aborted: {entry.abort_code}"
+
+
+@lru_cache(maxsize=256)
+def _cap(mu_max: str, noise_multiplier: str) -> int | None:
+    if is_unlimited(mu_max) or is_noiseless(noise_multiplier):
+        return None
+    return max_contributions(mu_max, noise_multiplier)
+
+
+def _spent(multipliers: Sequence[str], delta: float, s: int) -> PrivacySpent:
+    if not any(map(is_noiseless, multipliers)):
+        return spent(multipliers, delta, s)
+    inf = math.inf  # whatever delta is, for which a ledger that promises nothing need not be one accountants accept
+    return PrivacySpent(
+        epsilon=inf, delta=delta, mu=inf, rho=inf, replace_one_epsilon=inf, pld_epsilon=inf, rdp_epsilon=inf
+    )
+
+
+def _at_delta(mu: float, delta: float) -> AtDelta:
+    return AtDelta(delta=delta, epsilon=epsilon_of_mu(mu, delta), replace_one_epsilon=replace_one(mu, delta))
+
+
+def _curve(multipliers: Sequence[str], delta: float, s: int) -> tuple[CurvePoint, ...]:
+    mu = mu_curve(multipliers, s)
+    return tuple(CurvePoint(number=n, epsilon=epsilon_of_mu(mu[n - 1], delta)) for n in shown_rounds(len(mu)))
+
+
+def shown_rounds(count: int) -> list[int]:
+    """Which of `count` rounds, from 1, a long report shows: the first, the last, and some in between."""
+    if count <= _MOST_POINTS:
+        return list(range(1, count + 1))
+    between = _MOST_POINTS - 2 * _EDGE_POINTS
+    middle = {_EDGE_POINTS + round(i * (count - 2 * _EDGE_POINTS) / between) for i in range(1, between)}
+    return sorted({*range(1, _EDGE_POINTS + 1), *middle, *range(count - _EDGE_POINTS + 1, count + 1)})
+
+
+def _is_there(rounds_folder: Path, entry: Round) -> bool:
+    path = rounds_folder / f"{entry.sequence:09d}.safetensors"
+    try:
+        return path.exists() and sha256(path.read_bytes()).hexdigest() == entry.release_digest
+    except OSError as error:
+        raise StorageError(f"Expected to read {path}, got {error.strerror}.") from error
+
+
+def _attendance(metrics: Path) -> dict[int, Attendance]:
+    """By round; a line that is torn or not a round's is no reason to have no report."""
+    found: dict[int, Attendance] = {}
+    for line in metrics.read_bytes().splitlines() if metrics.exists() else []:
+        try:
+            numbers = json.loads(line)
+            refusals = {str(code): int(count) for code, count in numbers["refusals"].items()}
+            found[int(numbers["round"])] = Attendance(
+                invited=int(numbers["invited"]), answered=int(numbers["answered"]), refusals=refusals
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return found
+
+
+def _model_facts(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> ModelFacts:
+    dimension, rank = arrays["U"].shape
+    return ModelFacts(
+        family=str(facts.get("family")),
+        dimension=int(dimension),
+        rank=int(rank),
+        sparsity=int(facts.get("sparsity", 0)),
+        feature_names=tuple(map(str, facts.get("feature_names", ()))),
+        ledger_head=str(facts.get("ledger_head")),
+    )
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,292 @@
+"""The audit of a run folder or a ledger: verify, recompute, and say what is promised. No Flower, data or stores."""
+
+import math
+import re
+import tomllib
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from common.errors import UmbelError, VerificationError
+from privacy.accounting import gdp_epsilon, mu_curve, spent, total_mu
+from privacy.audit.verify import Anchor, Verification, verify
+from privacy.gaussian import replace_one
+from privacy.keys import load_key, public_key_hex
+from privacy.ledger import PrivacyLedger
+from privacy.ledger_state import Round
+from privacy.lines import check_signature, parse_line
+from privacy.participation import cost_units, is_noiseless, is_unlimited, limit_units
+from umbel.promise import promise
+
+VERIFIED, OVER_BUDGET, FAILED, OWNER_NOT_VERIFIED = 0, 3, 4, 5
+"""Exit codes of `umbel audit`."""
+_HEX_KEY = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is audited.
+
+    Attributes:
+        ledger: The file of lines.
+        rounds: Folder with the noised releases; None for a ledger alone.
+        run: The run whose releases must all be in `rounds`; None if not known.
+    """
+
+    ledger: Path
+    rounds: Path | None = None
+    run: str | None = None
+
+
+def find_target(path: Path) -> Target:
+    """A ledger file, or the ledger and the releases of a run folder or of its `release` folder.
+
+    Raises:
+        UmbelError: If there is no ledger.
+    """
+    if not path.is_dir():
+        return Target(ledger=path)
+    release = path / "release" if (path / "release").is_dir() else path
+    for ledger in (release / "ledger.jsonl", path / "ledger.jsonl"):
+        if ledger.exists():
+            return Target(ledger=ledger, rounds=release / "rounds", run=_run_name(path / "config.toml"))
+    raise UmbelError(f"Expected a ledger.jsonl in {path}, got none. Name the population's ledger itself.")
+
+
+def read_public_key(text: str) -> str:
+    """A public key as hex, from hex or from a file with hex, a public key or a private key in PEM.
+
+    Raises:
+        UmbelError: If it is neither.
+    """
+    if _HEX_KEY.fullmatch(text):
+        return text.lower()
+    path = Path(text)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UmbelError(
+            f"Expected 64 hex digits or a key file, got public_key={text!r} ({error.strerror})."
+        ) from error
+    if _HEX_KEY.fullmatch(content.decode("ascii", "replace").strip()):
+        return content.decode("ascii").strip().lower()
+    if b"PRIVATE KEY" in content:
+        return public_key_hex(load_key(path))
+    try:
+        key = load_pem_public_key(content)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise UmbelError(f"Expected an Ed25519 public key in hex or PEM, got {path}.") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise UmbelError(f"Expected an Ed25519 public key, got another kind in {path}.")
+    return public_key_hex(key)
+
+
+def audit(
+    target: Target,
+    *,
+    public_key: str | None = None,
+    anchor: str | None = None,
+    delta: float | None = None,
+    all_signatures: bool = False,
+) -> dict[str, Any]:
+    """Verify a ledger and the releases beside it, and recompute what was spent.
+
+    Args:
+        target: What to audit.
+        public_key: The owner's, hex.
+        anchor: A head that somebody remembers, "sequence:head".
+        delta: To recompute epsilon for; by default the ledger's.
+        all_signatures: Check each line's signature, not only the last.
+
+    Returns:
+        The audit, as documented for `--format json`; its `exit_code` is the verdict.
+
+    Raises:
+        UmbelError: If the ledger cannot be read, or a number is out of range.
+    """
+    found = verify(
+        target.ledger,
+        public_key=public_key,
+        anchor=Anchor.parse(anchor) if anchor else None,
+        all_signatures=all_signatures,
+        release_found=None if target.rounds is None else lambda entry: _is_there(entry, target),
+    )
+    status, line, reason = found.status, found.line, found.reason
+    if found.status != "failed" and (stray := _stray_release(found, target)):
+        status, reason = "failed", stray
+    over = status == "failed" and _is_authentic_overrun(target.ledger, found, public_key)
+    exit_code = {"verified": VERIFIED, "failed": FAILED}.get(status, OWNER_NOT_VERIFIED)
+    return {
+        "status": "over budget" if over else status,
+        "exit_code": OVER_BUDGET if over else exit_code,
+        "ledger": str(target.ledger),
+        "line": line,
+        "reason": reason,
+        "lines": found.sequence + 1,
+        "torn_bytes": found.torn_bytes,
+        "head": f"{found.sequence}:{found.head}",
+        "public_key": found.public_keys[-1] if found.public_keys else None,
+        "population": found.genesis.get("population"),
+        "population_size": (found.registry or {}).get("population_size"),
+        "runs": sorted(found.runs),
+        "releases": {
+            "reserved": len(found.rounds),
+            "committed": len(found.commits),
+            "open": len(found.open_reservations),
+            "compared": sum(_path_of(entry, target.rounds).exists() for entry in found.commits) if target.rounds else 0,
+        },
+        "privacy": _privacy(found, delta) if found.genesis else None,
+    }
+
+
+def ledger_contents(path: Path, run: str | None = None) -> dict[str, Any]:
+    """What a ledger says, for `umbel ledger show`; refuses one that is not valid in itself.
+
+    Args:
+        path: A ledger, or a folder with one.
+        run: Show the rounds of this run only.
+
+    Raises:
+        UmbelError: If there is no such ledger or run.
+        LedgerCorrupt: If a line is not valid.
+    """
+    ledger = PrivacyLedger.open(find_target(path).ledger)
+    if run is not None and run not in ledger.runs:
+        raise UmbelError(f"Expected one of the runs {', '.join(ledger.runs) or '(none)'}, got {run=}. Name one of them.")
+    genesis, delta, s = ledger.genesis, float(ledger.genesis["delta"]), int(ledger.genesis["max_nodes_per_user"])
+    rounds = sorted((r for name in ledger.runs for r in ledger.rounds_of(name)), key=lambda entry: entry.sequence)
+    mu = mu_curve([entry.event["noise_multiplier"] for entry in rounds], s)
+    return {
+        "ledger": str(ledger.path),
+        "head": f"{ledger.sequence}:{ledger.head.hex()}",
+        "genesis": dict(genesis),
+        "registry": None if ledger.registry is None else dict(ledger.registry),
+        "public_key": ledger.public_key,
+        "torn_bytes": ledger.torn_bytes,
+        "epsilon_budget": _finite(float(genesis["epsilon"])),
+        "epsilon_spent": _finite(ledger.epsilon_spent(delta)),
+        "delta": delta,
+        "runs": {name: dict(body) for name, body in ledger.runs.items()},
+        "rounds": [
+            {**_round_facts(entry), "mu_after": _finite(after)}
+            for entry, after in zip(rounds, mu, strict=True)
+            if run in (None, entry.run)
+        ],
+    }
+
+
+def _round_facts(entry: Round) -> dict[str, Any]:
+    return {
+        "sequence": entry.sequence,
+        "run": entry.run,
+        "round": entry.server_round,
+        "outcome": "open" if entry.is_open else entry.abort_code and f"aborted: {entry.abort_code}" or "released",
+        "release_digest": entry.release_digest,
+        "invited_users": entry.invited_users,
+        "event": dict(entry.event),
+    }
+
+
+def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:
+    """`privacy` of the audit: the budget, and epsilon recomputed from nothing but the events."""
+    genesis = found.genesis
+    s, budget_delta = int(genesis["max_nodes_per_user"]), float(genesis["delta"])
+    delta = budget_delta if delta is None else delta
+    try:
+        losses = _losses([event["noise_multiplier"] for event in found.events], delta, s)
+    except ValueError as error:
+        raise UmbelError(str(error)) from error
+    return {
+        "epsilon_budget": _finite(float(genesis["epsilon"])),
+        "delta_budget": budget_delta,
+        "delta": delta,
+        **losses,
+        "unit": genesis["unit"],
+        "neighboring_relation": genesis["neighboring_relation"],
+        "max_nodes_per_user": s,
+        "not_private": not found.is_private or losses["epsilon"] is None,
+        "promise": promise(losses["epsilon"], delta, max_nodes_per_user=s, private=found.is_private),
+    }
+
+
+def _losses(noise_multipliers: list[str], delta: float, s: int) -> dict[str, float | None]:
+    """The worst-case user's loss by each accountant; None is infinite, or not computed without dp-accounting."""
+    if find_spec("dp_accounting") is not None:
+        loss = spent(noise_multipliers, delta, s)
+        return {
+            "epsilon": _finite(loss.epsilon),
+            "mu": _finite(loss.mu),
+            "replace_one_epsilon": _finite(loss.replace_one_epsilon),
+            "pld_epsilon": _finite(loss.pld_epsilon),
+            "rdp_epsilon": _finite(loss.rdp_epsilon),
+        }
+    mu = total_mu(noise_multipliers, s)
+    return {
+        "epsilon": _finite(gdp_epsilon(noise_multipliers, delta, s)),
+        "mu": _finite(mu),
+        "replace_one_epsilon": _finite(replace_one(mu, delta)),
+        "pld_epsilon": None,
+        "rdp_epsilon": None,
+    }
+
+
+def _run_name(config: Path) -> str | None:
+    """The run of a folder, from the configuration it was started with."""
+    try:
+        name = tomllib.loads(config.read_text("utf-8")).get("run", {}).get("name")
+    except (OSError, ValueError):
+        return None
+    return str(name) if name else None
+
+
+def _path_of(entry: Round, rounds: Path) -> Path:
+    return rounds / f"{entry.sequence:09d}.safetensors"
+
+
+def _is_there(entry: Round, target: Target) -> bool:
+    """Whether a committed release is as committed; one of another run, or of an unknown one, may be elsewhere."""
+    if target.rounds is None:
+        return True
+    path = _path_of(entry, target.rounds)
+    if not path.exists():
+        return entry.run != target.run
+    return sha256(path.read_bytes()).hexdigest() == entry.release_digest
+
+
+def _stray_release(found: Verification, target: Target) -> str:
+    """Why a file among the releases was never paid for; an empty string if all were."""
+    paid = {f"{entry.sequence:09d}.safetensors" for entry in found.rounds if entry.abort_code is None}
+    released = sorted(target.rounds.glob("*.safetensors")) if target.rounds is not None else []
+    strays = [path for path in released if path.name not in paid]
+    return f"Expected a RESERVE line for every release, got none for {strays[0]}." if strays else ""
+
+
+def _is_authentic_overrun(ledger: Path, found: Verification, public_key: str | None) -> bool:
+    """Whether the first line that is not valid is a release beyond the budget, signed by the ledger's own key.
+
+    Its signature covers everything before it; nothing after it was read.
+    """
+    mu_max = found.genesis.get("mu_max", "inf")
+    if found.line is None or is_unlimited(mu_max) or (public_key and public_key not in found.public_keys):
+        return False
+    try:
+        with ledger.open("rb") as lines:
+            line = parse_line(next(islice(lines, found.line - 1, None)).rstrip(b"\n"))
+        if line.kind != "RESERVE" or (line.sequence, line.previous) != (found.sequence + 1, found.head):
+            return False
+        check_signature(line, found.public_keys[-1])
+    except VerificationError:
+        return False
+    z = str(line.body["event"]["noise_multiplier"])
+    return is_noiseless(z) or found.spent_units + cost_units(z) > limit_units(mu_max)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

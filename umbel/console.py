@@ -1,0 +1,360 @@
+"""What the command line shows to people: progress on stderr, tables on stdout. Machines get JSON and none of this."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from umbel.promise import NOTHING_PROMISED, promise, rounded_up
+
+_ROUNDS_LOG = "umbel.rounds"
+_MOST_LINES = 20
+_BAR_WIDTH = 40
+_BASELINES = {
+    "global": "one global model",
+    "alone": "each user alone",
+    "ridge_around_global": "ridge around the global model",
+    "low_rank": "low rank only",
+    "non_private": "without privacy",
+}
+_REFERENCE = "non_private"
+
+
+class Watcher(Protocol):
+    """Who watches a simulation."""
+
+    def step(self, name: str) -> None:
+        """A new step has begun."""
+
+    def warn(self, message: str) -> None:
+        """Something the user should know."""
+
+    def round(self, numbers: Mapping[str, Any]) -> None:
+        """A round has ended; its public numbers."""
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    print("umbel:", " ".join(message.split()), file=sys.stderr, flush=True)  # noqa: T201 (the command line's voice)
+
+
+class Lines:
+    """Progress as lines, for a log; quiet, only warnings."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+
+    def step(self, name: str) -> None:
+        """A line for a step."""
+        if not self._quiet:
+            say(name)
+
+    def warn(self, message: str) -> None:
+        """A line for a warning, quiet or not."""
+        say(f"warning: {message}")
+
+    def round(self, numbers: Mapping[str, Any]) -> None:
+        """A line for a round, or for one of many."""
+        every = -(-int(numbers["rounds"]) // _MOST_LINES)
+        last = numbers["round"] == numbers["rounds"]
+        if not self._quiet and (last or numbers["round"] % every == 0):
+            say(f"round {numbers['round']}/{numbers['rounds']}, {round_details(numbers)}")
+
+
+class Bar:
+    """Progress as a bar on a terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def step(self, name: str) -> None:
+        """Another bar, of unknown length until rounds are reported."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=None, details="")
+
+    def warn(self, message: str) -> None:
+        """A line above the bar."""
+        self._progress.console.print(Text(f"umbel: warning: {message}", style="yellow"), soft_wrap=True)
+
+    def round(self, numbers: Mapping[str, Any]) -> None:
+        """The bar moves on."""
+        if self._task is not None:
+            self._progress.update(
+                self._task,
+                description=f"round {numbers['round']}/{numbers['rounds']}",
+                total=numbers["rounds"],
+                completed=numbers["round"],
+                details=round_details(numbers),
+            )
+
+
+def round_details(numbers: Mapping[str, Any]) -> str:
+    """Answered of invited, epsilon spent and left."""
+    answered = f"answered {numbers['answered']}/{numbers['invited']}"
+    spent, budget = numbers["epsilon_spent"], numbers["epsilon_budget"]
+    if spent is None or budget is None:
+        return f"{answered}, NOT PRIVATE"
+    return f"{answered}, epsilon {rounded_up(spent)} spent, {max(0.0, budget - spent):.4f} left"
+
+
+@contextmanager
+def watching(*, quiet: bool) -> Iterator[Watcher]:
+    """Show a simulation's progress on stderr: a bar on a terminal, lines elsewhere."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        lines = Lines(quiet=quiet)
+        with _listening(lines.round):
+            yield lines
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[details]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = Bar(progress)
+        with _listening(bar.round):
+            yield bar
+
+
+@contextmanager
+def _listening(on_round: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Pass the server's log of rounds on."""
+    log, handler = logging.getLogger(_ROUNDS_LOG), _RoundHandler(on_round)
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+class _RoundHandler(logging.Handler):
+    def __init__(self, on_round: Callable[[Mapping[str, Any]], None]) -> None:
+        super().__init__()
+        self._on_round = on_round
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand over the numbers of a round; other records have none."""
+        numbers = getattr(record, "round", None)
+        if isinstance(numbers, Mapping):
+            self._on_round(numbers)
+
+
+def show_results(results: Mapping[str, Any]) -> None:
+    """A simulation's end: errors against the baselines, what was spent, what is promised, where it all is."""
+    console, privacy = Console(), results["privacy"]
+    console.print(_error_table(results))
+    if privacy["not_private"]:
+        show_not_private(console)
+    else:
+        _say(
+            console,
+            f"epsilon {rounded_up(privacy['epsilon'])} at delta {privacy['delta']:g} spent by the ledger, "
+            f"{rounded_up(privacy['replace_one_epsilon'])} under replace-one; "
+            f"{privacy['rounds']} rounds at noise multiplier {privacy['noise_multiplier']:g}",
+        )
+        _say(console, promise(privacy["epsilon"], privacy["delta"]))
+    speed = results["users_per_second"]
+    _say(
+        console,
+        f"{results['users']} users"
+        + (f", {speed:,.0f} users a second" if speed else "")
+        + f", {results['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
+    )
+    if Path(results["report"]).exists():
+        _say(console, f"report: {results['report']}")
+    _say(console, f"run: {results['run']}")
+
+
+def show_not_private(console: Console) -> None:
+    """A stamp that nobody overlooks."""
+    console.print(Panel(Text(NOTHING_PROMISED, style="bold red"), border_style="bold red", expand=False))
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Noise, cost, and the budget's curve as bars."""
+    console = Console()
+    if plan["not_private"]:
+        show_not_private(console)
+    table = Table.grid(padding=(0, 2))
+    for name, value in _plan_rows(plan):
+        table.add_row(name, value)
+    console.print(table)
+    if plan["epsilon"] is not None:
+        console.print(_curve_table(plan, "█" if console.encoding.startswith("utf") else "#"))
+        _say(console, promise(plan["epsilon"], plan["delta"], max_nodes_per_user=plan["max_nodes_per_user"]))
+    for note in plan["notes"]:
+        _say(console, f"note: {note}")
+
+
+def show_audit(audit: Mapping[str, Any]) -> None:
+    """The verdict and what was recomputed."""
+    console = Console()
+    style = {0: "bold green", 5: "bold yellow"}.get(audit["exit_code"], "bold red")
+    where = f", line {audit['line']}" if audit["line"] else ""
+    console.print(Text(f"{audit['status']}: {audit['ledger']}{where}", style=style), soft_wrap=True)
+    if audit["reason"]:
+        _say(console, audit["reason"])
+    table = Table.grid(padding=(0, 2))
+    for name, value in _audit_rows(audit):
+        table.add_row(name, Text(str(value), overflow="fold"))
+    console.print(table)
+    privacy = audit["privacy"]
+    if audit["exit_code"] in (0, 5) and privacy is not None:
+        show_not_private(console) if privacy["not_private"] else _say(console, privacy["promise"])
+    if audit["exit_code"] == 5:
+        _say(console, "Give the owner's --public-key, from where the owner published it, to know whose ledger this is.")
+
+
+def show_ledger(contents: Mapping[str, Any], epsilon_of: Callable[[float | None], float | None]) -> None:
+    """A ledger's budget and its rounds, the first and the last of many.
+
+    Args:
+        contents: As `auditing.ledger_contents` gives them.
+        epsilon_of: Epsilon of a mu, at the ledger's delta.
+    """
+    console, genesis = Console(), contents["genesis"]
+    spent, budget = contents["epsilon_spent"], contents["epsilon_budget"]
+    registry = contents["registry"] or {}
+    rows = {
+        "ledger": contents["ledger"],
+        "population": f"{genesis['population']}, {registry.get('population_size', 'no')} users registered",
+        "budget": f"epsilon {rounded_up(budget)} at delta {contents['delta']:g}, {genesis['neighboring_relation']}",
+        "spent": f"epsilon {rounded_up(spent)}",
+        "head": contents["head"],
+        "public key": contents["public_key"],
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        grid.add_row(name, Text(value, overflow="fold"))
+    console.print(grid)
+    rounds = contents["rounds"]
+    shown = rounds if len(rounds) <= _MOST_LINES else [*rounds[: _MOST_LINES // 2], None, *rounds[-_MOST_LINES // 2 :]]
+    table = Table("line", "run", "round", "z", "C", "users", "outcome", "epsilon after", box=None)
+    for entry in shown:
+        table.add_row(*(_round_cells(entry, epsilon_of) if entry else ["…"] * len(table.columns)))
+    console.print(table)
+
+
+def _round_cells(entry: Mapping[str, Any], epsilon_of: Callable[[float | None], float | None]) -> list[str]:
+    event = entry["event"]
+    return [
+        str(entry["sequence"]),
+        entry["run"],
+        str(entry["round"]),
+        event["noise_multiplier"],
+        f"{float(event['clipping_norm']):.4g}",
+        str(entry["invited_users"]),
+        entry["outcome"],
+        rounded_up(epsilon_of(entry["mu_after"])),
+    ]
+
+
+def _error_table(results: Mapping[str, Any]) -> Table:
+    """Rows are models, columns groups of users that have held-out examples; the best of each column is bold."""
+    ours, baselines = results["error"], results["baselines"]
+    groups = [name for name, error in ours["by_examples"].items() if error is not None]
+    table = Table(
+        f"held-out {results['metric']}",
+        "all users",
+        *(f"{name} examples" for name in groups),
+        caption="* best" if results["privacy"]["not_private"] else "* best of those that keep the promise",
+        caption_justify="left",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = {"umbel (this run)": ours} | {_BASELINES.get(k, k): v for k, v in baselines.items()}
+    reference = None if results["privacy"]["not_private"] else _BASELINES[_REFERENCE]
+    best = [
+        min((v for name, row in rows.items() if name != reference and (v := _cell(row, group)) is not None), default=None)
+        for group in (None, *groups)
+    ]
+    for name, row in rows.items():
+        cells = [_error_cell(_cell(row, group), least) for group, least in zip((None, *groups), best, strict=True)]
+        if row is ours and ours.get("standard_error") is not None:
+            cells[0].append(f" ± {ours['standard_error']:.3f}")
+        label = f"{name} (reference)" if name == reference else name
+        table.add_row(Text(label, style="cyan" if row is ours else "dim" if name == reference else ""), *cells)
+    return table
+
+
+def _cell(row: Mapping[str, Any], group: str | None) -> float | None:
+    value: float | None = row["overall"] if group is None else row["by_examples"].get(group)
+    return value
+
+
+def _error_cell(value: float | None, best: float | None) -> Text:
+    if value is None:
+        return Text("–")
+    return Text(f"{value:.4f}*", style="bold") if value == best else Text(f"{value:.4f} ")
+
+
+def _plan_rows(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    yield "rounds", str(plan["rounds"])
+    yield "noise multiplier", plan["noise_multiplier"]
+    yield "epsilon", f"{rounded_up(plan['epsilon'])} at delta {plan['delta']:g}"
+    yield "replace-one", f"epsilon {rounded_up(plan['replace_one_epsilon'])}"
+    if plan["max_nodes_per_user"] > 1:
+        yield "nodes per user", f"up to {plan['max_nodes_per_user']}"
+    ledger = plan["ledger"]
+    if ledger is None:
+        return
+    yield "ledger", f"{ledger['path']} of {ledger['population']}"
+    yield "spent there", f"epsilon {rounded_up(ledger['epsilon_spent'])} at delta {ledger['delta']:g}"
+    left = "no limit" if ledger["epsilon_left"] is None else f"epsilon {ledger['epsilon_left']:.4f}"
+    yield "left there", left if ledger["affordable_rounds"] is None else f"{left}, {ledger['affordable_rounds']} rounds"
+    yield "this run", "fits" if ledger["fits"] else "DOES NOT FIT"
+
+
+def _curve_table(plan: Mapping[str, Any], block: str) -> Table:
+    table = Table("after round", "epsilon", "", box=None)
+    table.columns[0].justify = "right"
+    curve, budget = plan["curve"], plan["epsilon_budget"] or plan["epsilon"]
+    step = -(-len(curve) // _MOST_LINES)
+    for point in [*curve[step - 1 : -1 : step], curve[-1]]:
+        share = min(1.0, point["epsilon"] / budget)
+        table.add_row(str(point["round"]), rounded_up(point["epsilon"]), block * max(1, round(share * _BAR_WIDTH)))
+    return table
+
+
+def _audit_rows(audit: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    releases, privacy = audit["releases"], audit["privacy"]
+    yield "lines", f"{audit['lines']} valid" + (f", {audit['torn_bytes']} torn bytes" if audit["torn_bytes"] else "")
+    yield (
+        "releases",
+        f"{releases['reserved']} charged, {releases['committed']} committed, {releases['compared']} compared with files",
+    )
+    if privacy is None:
+        return
+    yield "population", f"{audit['population']}, {audit['population_size'] or 'no'} users registered"
+    yield "budget", f"epsilon {rounded_up(privacy['epsilon_budget'])} at delta {privacy['delta_budget']:g}"
+    yield "spent", f"epsilon {rounded_up(privacy['epsilon'])} at delta {privacy['delta']:g} (exact Gaussian)"
+    if privacy["pld_epsilon"] is not None:
+        yield "", f"{privacy['pld_epsilon']:.4g} by PLD, {privacy['rdp_epsilon']:.4g} by RDP"
+    elif privacy["epsilon"] is not None:
+        yield "", 'PLD and RDP not computed: pip install "umbel[simulate]"'
+    yield "replace-one", f"epsilon {rounded_up(privacy['replace_one_epsilon'])}"
+    yield "head", audit["head"]
+    yield "public key", audit["public_key"]
+
+
+def _say(console: Console, text: str) -> None:
+    """A line that is not broken where it could be copied."""
+    console.print(Text(text), soft_wrap=True)

@@ -1,0 +1,168 @@
+"""What a run would cost, before any data is touched: noise, budget curve, and what a ledger has left."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+from common.errors import UmbelError
+from privacy.accounting import SMALLEST_DELTA, mu_curve
+from privacy.gaussian import epsilon_of_mu, replace_one
+from privacy.ledger import PrivacyLedger
+from privacy.participation import cost_units, is_noiseless, mu_max_string, noise_multiplier_for
+
+DEFAULT_DELTA = 1e-6
+MOST_POINTS = 500
+"""Rounds at which the curve is computed, about 2 ms each."""
+_NO_NOISE = "0"
+
+
+def forecast(
+    *,
+    epsilon: float | None,
+    noise_multiplier: str | None,
+    delta: float | None,
+    rounds: int,
+    max_nodes_per_user: int | None = None,
+    users: int | None = None,
+    ledger_path: Path | None = None,
+) -> dict[str, Any]:
+    """The plan of a run, as documented for `--format json`.
+
+    Args:
+        epsilon: The budget; None to go by `noise_multiplier`.
+        noise_multiplier: z of each release, "0" for none; None to find the least within `epsilon`.
+        delta: For both; by default min(1e-6, 1 / (10 users)).
+        rounds: How many releases.
+        max_nodes_per_user: s; by default the ledger's, or 1.
+        users: How many, where known; by default the ledger's.
+        ledger_path: An existing ledger to be charged.
+
+    Raises:
+        UmbelError: If a number is out of range or the ledger was made for another s.
+    """
+    ledger = None if ledger_path is None else PrivacyLedger.open(ledger_path)
+    if ledger is not None:
+        users = users or (ledger.registry or {}).get("population_size")
+    s = _nodes_per_user(max_nodes_per_user, ledger)
+    delta, notes = _delta(delta, users)
+    try:
+        z = _least_noise(epsilon, delta, rounds, s) if noise_multiplier is None else noise_multiplier
+        mu = mu_curve([z] * rounds, s)
+    except ValueError as error:
+        raise UmbelError(str(error)) from error
+    curve = {t: epsilon_of_mu(mu[t - 1], delta) for t in points(rounds, MOST_POINTS)}
+    return {
+        "epsilon_budget": epsilon,
+        "epsilon": _finite(curve[rounds]),
+        "delta": delta,
+        "rounds": rounds,
+        "max_nodes_per_user": s,
+        "users": users,
+        "noise_multiplier": z,
+        "mu": _finite(mu[-1]),
+        "replace_one_epsilon": _finite(replace_one(mu[-1], delta)),
+        "curve": [{"round": t, "epsilon": _finite(spent)} for t, spent in curve.items()],
+        "not_private": is_noiseless(z),
+        "ledger": None if ledger is None else room(ledger, z, rounds),
+        "notes": notes,
+    }
+
+
+def forecast_of(config: Config) -> dict[str, Any]:
+    """The plan of a simulation: its data need not exist, and its ledger is looked at where it does.
+
+    Raises:
+        UmbelError: If the ledger belongs to another population, or as `forecast`.
+    """
+    data, privacy = config.data, config.privacy
+    path = Path(config.run.ledger) if config.run.ledger else None
+    exists = path is not None and path.exists()
+    private = privacy.epsilon != "none"
+    plan = forecast(
+        epsilon=float(privacy.epsilon) if private else None,
+        noise_multiplier=None if private else _NO_NOISE,
+        delta=privacy.delta,
+        rounds=config.training.rounds,
+        max_nodes_per_user=privacy.max_nodes_per_user,
+        users=data.synthetic.users if data.source == "synthetic" else None,
+        ledger_path=path if exists else None,
+    )
+    name = Path(data.source).name
+    if exists and plan["ledger"]["population"] != name:
+        raise UmbelError(
+            f"Expected the ledger of {name}, got {path} of {plan['ledger']['population']}. "
+            "Name that population's ledger, or a new path."
+        )
+    if path is not None and not exists:
+        plan["notes"].append(f"{path} is new: it starts with the whole budget.")
+    return {**plan, "not_private": plan["not_private"] or privacy.seed is not None}
+
+
+def room(ledger: PrivacyLedger, noise_multiplier: str, rounds: int) -> dict[str, Any]:
+    """What an open ledger has spent and left, and whether so many more releases fit."""
+    delta, budget = float(ledger.genesis["delta"]), float(ledger.genesis["epsilon"])
+    spent = ledger.epsilon_spent(delta)
+    affordable = affordable_rounds(ledger, noise_multiplier)
+    return {
+        "path": str(ledger.path),
+        "population": ledger.genesis["population"],
+        "epsilon": _finite(budget),
+        "delta": delta,
+        "epsilon_spent": _finite(spent),
+        "epsilon_left": None if math.isinf(budget) else max(0.0, budget - spent),
+        "affordable_rounds": _finite(affordable),
+        "fits": affordable >= rounds,
+    }
+
+
+def affordable_rounds(ledger: PrivacyLedger, noise_multiplier: str) -> float:
+    """How many more releases with this noise the ledger's budget allows."""
+    if math.isinf(ledger.limit_units):
+        return math.inf
+    if is_noiseless(noise_multiplier):
+        return 0
+    return max(0, int(ledger.limit_units - ledger.spent_units) // cost_units(noise_multiplier))
+
+
+def points(rounds: int, most: int) -> list[int]:
+    """At most so many rounds, evenly spread, the last among them."""
+    count = min(rounds, most)
+    return [-(-rounds * i // count) for i in range(1, count + 1)]
+
+
+def _nodes_per_user(given: int | None, ledger: PrivacyLedger | None) -> int:
+    if ledger is None:
+        return given or 1
+    recorded = int(ledger.genesis["max_nodes_per_user"])
+    if given not in (None, recorded):
+        raise UmbelError(
+            f"Expected max_nodes_per_user={recorded} as in {ledger.path}, got max_nodes_per_user={given}. Leave it out."
+        )
+    return recorded
+
+
+def _delta(given: float | None, users: int | None) -> tuple[float, list[str]]:
+    """The delta to plan for, and what a reader should know about it."""
+    delta, notes = given, []
+    if delta is None:
+        delta = DEFAULT_DELTA if users is None else min(DEFAULT_DELTA, 1 / (10 * users))
+        notes.append(f"delta={delta:g} by default.")
+    if not SMALLEST_DELTA <= delta < 1:
+        raise UmbelError(f"Expected {SMALLEST_DELTA} <= delta < 1, got {delta=}.")
+    if users is not None and delta >= 1 / users:
+        notes.append(
+            f"delta={delta:g} is not below 1/users={1 / users:.3g}: "
+            "it would allow one user's data to be published outright. Choose a smaller one."
+        )
+    return delta, notes
+
+
+def _least_noise(epsilon: float | None, delta: float, rounds: int, s: int) -> str:
+    if epsilon is None or not 0 < epsilon < math.inf:
+        raise ValueError(f"Expected 0 < epsilon < inf, got {epsilon=}. Choose a budget, or a noise multiplier.")
+    return noise_multiplier_for(rounds, mu_max_string(epsilon, delta, s))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
