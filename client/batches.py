@@ -48,8 +48,9 @@ class Batch(Protocol):
     def diagonal(self) -> Array:
         """`n x d`, diagonal of X'X."""
 
-    def squared_error(self, theta: Array) -> Array:
-        """`n`, |y - X theta|^2 for `theta` of `n x d`."""
+    @property
+    def square(self) -> Array:
+        """`n`, y'y."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,18 +87,18 @@ class Design:
     def column(self, feature: Array) -> Array:
         """`n x d`, X'D x_j."""
         xp = array_namespace(self.X)
-        at = xp.broadcast_to(feature[:, None, None], (*self.weight.shape, 1))
-        return apply_transposed(self.X, xp.take_along_axis(self.X, at, axis=-1)[:, :, 0] * self.weight)
+        users = xp.arange(self.X.shape[0], device=self.X.device)
+        return apply_transposed(self.X, self.X[users, :, feature] * self.weight)
 
     @cached_property
     def diagonal(self) -> Array:
         """`n x d`, weighted sums of squares."""
         return (self.weight[:, None, :] @ (self.X * self.X))[:, 0, :]
 
-    def squared_error(self, theta: Array) -> Array:
-        """`n`, sum of weight (y - x'theta)^2."""
-        residual = self.y - apply(self.X, theta)
-        return dot(self.weight * residual, residual)
+    @cached_property
+    def square(self) -> Array:
+        """`n`, y'Dy."""
+        return dot(self.weight * self.y, self.y)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,13 +108,13 @@ class Gram:
     Attributes:
         G: `n x d x d`, X'X.
         v: `n x d`, X'y.
-        yy: `n`, y'y.
+        square: `n`, y'y.
         count: `n`.
     """
 
     G: Array
     v: Array
-    yy: Array
+    square: Array
     count: Array
 
     @property
@@ -133,8 +134,7 @@ class Gram:
     def column(self, feature: Array) -> Array:
         """`n x d`, row j of the symmetric G."""
         xp = array_namespace(self.G)
-        n, d, _ = self.G.shape
-        return xp.take_along_axis(self.G, xp.broadcast_to(feature[:, None, None], (n, 1, d)), axis=1)[:, 0, :]
+        return self.G[xp.arange(self.G.shape[0], device=self.G.device), feature, :]
 
     @property
     def diagonal(self) -> Array:
@@ -142,18 +142,11 @@ class Gram:
         xp = array_namespace(self.G)
         return xp.linalg.diagonal(self.G)
 
-    def squared_error(self, theta: Array) -> Array:
-        """`n`, y'y - 2 theta'v + theta'G theta, which rounding must not make negative."""
-        xp = array_namespace(self.G)
-        value = self.yy - 2 * dot(theta, self.v) + dot(theta, apply(self.G, theta))
-        return xp.where(value > 0, value, xp.zeros_like(value))
-
 
 def gram_of(design: Design) -> Gram:
     """The second moments of a design, each user's by a product of its own."""
     G = transpose(design.X) @ (design.weight[:, :, None] * design.X)
-    yy = dot(design.weight * design.y, design.y)
-    return Gram(G=G, v=design.cross, yy=yy, count=design.count)
+    return Gram(G=G, v=design.cross, square=design.square, count=design.count)
 
 
 def padded_length(count: IntArray) -> IntArray:
@@ -199,7 +192,7 @@ def cleaned(population: Population, schema: DataSchema) -> Population:
         usable &= np.isfinite(weight) & (weight > 0)
     if isinstance(features, ItemFeatures):
         table, finite = _bounded(features.table, schema.feature_bound)
-        features = ItemFeatures(features.item, table)
+        features = ItemFeatures(features.item, np.asarray(table, np.float64))
         usable &= finite[features.item]
     else:
         X = features.X if isinstance(features, DenseFeatures) else features.rows(slice(None))

@@ -14,7 +14,6 @@ from array_api_compat import array_namespace
 from client.batches import Batch
 from client.personalize import Solution, log_prior_odds
 from common.families import Family, expit
-from common.linalg import outer
 from common.model import SharedModel
 from privacy.layout import Layout, clip_to_ball, scalars_to_ball, to_grid
 
@@ -30,10 +29,14 @@ def marginal_gradient(solution: Solution) -> Array:
     d/dbeta = q.
     """
     xp = array_namespace(solution.w)
-    q, r = solution.after.q, solution.w.shape[1]
-    gradient = outer(xp.concat([solution.w, xp.ones_like(solution.w[:, :1])], axis=1), q)
-    gradient[:, :r, :] -= solution.after.UH
-    return gradient
+    after, w = solution.after, solution.w
+    rows = xp.concat([after.rows, after.q[:, None, :]], axis=1)
+    # one product of each user's own: [-mixing, w; 0, 1] [rows; q]
+    factors = xp.zeros((w.shape[0], w.shape[1] + 1, rows.shape[1]), dtype=w.dtype, device=w.device)
+    factors[:, :-1, :-1] = -after.mixing
+    factors[:, :-1, -1] = w
+    factors[:, -1, -1] = 1.0
+    return factors @ rows
 
 
 def scalars(

@@ -38,12 +38,19 @@ class Marginal:
     Attributes:
         q: `n x d`, X' Cov(y)^-1 (y - X beta), its gradient in beta.
         curvature: `n x d`, diagonal of H = X' Cov(y)^-1 X; empty if there is no sparse part.
-        UH: `n x r x d`, tau U'H, the posterior variance's part of the gradient in U, transposed.
+        rows: `n x p x d`, and
+        mixing: `n x r x p`: tau U'H = mixing @ rows, the posterior variance's part of the gradient in U.
     """
 
     q: Array
     curvature: Array
-    UH: Array
+    rows: Array
+    mixing: Array
+
+    @property
+    def UH(self) -> Array:
+        """`n x r x d`, tau U'H written out."""
+        return self.mixing @ self.rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,12 +90,11 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _LowRank:
-    """Gaussian conditioning in the r coordinates of w: U'G, K = U'GU / s2, A = (K + I / tau)^-1, and A U'G."""
+    """Gaussian conditioning in the r coordinates of w: U'G, K = U'GU / s2, A = (K + I / tau)^-1."""
 
     UG: Array
     K: Array
     A: Array
-    AUG: Array
     scale: Array
     w: Array
 
@@ -147,14 +153,16 @@ def solve(
     w = low_rank.scale[:, None] * (after.q @ model.U) if sparsity else low_rank.w
     theta = model.beta[None, :] + w @ transpose(model.U)
     # E|y - X theta|^2 = |y - X E theta|^2 + s2 (tr(tau U'HU) + v sum of H_jj over the active set)
+    spread = trace(after.mixing @ (after.rows @ model.U))
+    b = w[:, :0]
     if sparsity:
         theta_b = v * after.q * sparse.taken
         theta = theta + theta_b
         b = xp.take_along_axis(theta_b, xp.clip(sparse.support, 0, None), axis=-1) * (sparse.support >= 0)
-        spread = trace(after.UH @ model.U) + v * dot(after.curvature, sparse.taken)
-    else:
-        b = w[:, :0]
-        spread = xp.sum(xp.sum(low_rank.A * low_rank.K, axis=-1), axis=-1)  # tau U'HU = A K
+        spread = spread + v * dot(after.curvature, sparse.taken)
+    # X'(y - X theta) = s2 q, so that |y - X theta|^2 needs no second look at the examples
+    residual = batch.square - dot(theta, batch.cross + s2 * after.q)
+    squared_error = xp.where(residual > 0, residual, xp.zeros_like(residual)) + s2 * spread
     return Solution(
         w=w,
         support=sparse.support,
@@ -165,7 +173,7 @@ def solve(
         gain=sparse.gain,
         after=after,
         precision=_precision(batch, low_rank, sparse.support, model) if with_precision else low_rank.K[:, :0, :0],
-        squared_error=batch.squared_error(theta) + s2 * spread,
+        squared_error=squared_error,
     )
 
 
@@ -178,12 +186,11 @@ def _eliminate(batch: Batch, model: SharedModel, *, with_curvature: bool) -> tup
     K, h = (UG @ U) / s2, (e @ U) / s2
     A, scale = _scale_by_em(K, h)
     w = apply(A, h)
-    AUG = A @ UG
-    empty = e[:, :0]
-    curvature = batch.diagonal / s2 - xp.sum(AUG * UG, axis=1) / s2**2 if with_curvature else empty
+    curvature = batch.diagonal / s2 - xp.sum((A @ UG) * UG, axis=1) / s2**2 if with_curvature else e[:, :0]
+    q = (e - apply_transposed(UG, w)) / s2
     # tau U'H = A U'G / s2, since I - A K = A / tau
-    marginal = Marginal(q=(e - apply_transposed(UG, w)) / s2, curvature=curvature, UH=AUG / s2)
-    return _LowRank(UG=UG, K=K, A=A, AUG=AUG, scale=scale, w=w), marginal
+    marginal = Marginal(q=q, curvature=curvature, rows=UG, mixing=A / s2)
+    return _LowRank(UG=UG, K=K, A=A, scale=scale, w=w), marginal
 
 
 def _scale_by_em(K: Array, h: Array) -> tuple[Array, Array]:
@@ -215,39 +222,45 @@ def _pursue(
     if not sparsity:
         return _Sparse(support=picks, taken=before.q[:, :0], gain=before.q[:, :0], after=before)
     threshold = log_prior_odds(d, sparsity)
+    users = xp.arange(n, device=before.q.device)
+    features = xp.arange(d, device=before.q.device)[None, :]
     q, curvature = before.q, before.curvature
-    taken = xp.zeros((n, d), **like)
-    first_gain = evidence_gain(q, curvature, v)
+    taken = xp.zeros((n, d), dtype=xp.bool, device=before.q.device)
+    gain = first_gain = evidence_gain(q, curvature, v)
     # H = G / s2 - left' right, a row for each direction that is integrated out: first w's, then b's
     left, right = xp.zeros((n, r + sparsity, d), **like), xp.zeros((n, r + sparsity, d), **like)
     left[:, :r, :] = low_rank.UG / s2**2
-    right[:, :r, :] = low_rank.AUG
+    right[:, :r, :] = low_rank.A @ low_rank.UG
     for step in range(sparsity):
-        if support is None:
-            gain = xp.where(taken > 0, -xp.inf, evidence_gain(q, curvature, v)) if step else first_gain
-            best = xp.argmax(gain, axis=-1)
-            pick = xp.where(xp.take_along_axis(gain, best[:, None], axis=-1)[:, 0] > threshold, best, -1)
-        else:
+        if support is not None:
             pick = support[:, step]
+        else:
+            if step:
+                gain = xp.where(taken, -xp.inf, evidence_gain(q, curvature, v))
+            best = xp.argmax(gain, axis=-1)
+            pick = xp.where(gain[users, best] > threshold, best, -1)
         used = pick >= 0
         if not xp.any(used):
             continue
         picks[:, step] = pick
-        at = xp.where(used, pick, xp.zeros_like(pick))[:, None]
-        here = left[:, : r + step, :]
-        coefficients = xp.take_along_axis(here, xp.broadcast_to(at[:, None, :], (n, r + step, 1)), axis=-1)
-        column = batch.column(at[:, 0]) / s2 - apply_transposed(right[:, : r + step, :], coefficients[:, :, 0])
+        at = pick * used  # an unused pick reads feature 0, to no effect
+        here = r + step
+        column = batch.column(at) / s2 - apply_transposed(right[:, :here, :], left[users, :here, at])
         # Sherman-Morrison: b_j ~ N(0, v) in Cov(y) lowers H by v / (1 + v H_jj) times column column'
-        weight = v / (1 + v * xp.take_along_axis(column, at, axis=-1)) * used[:, None]
-        scaled = weight * column
-        q = q - scaled * xp.take_along_axis(q, at, axis=-1)
+        scaled = (v / (1 + v * column[users, at]) * used)[:, None] * column
+        q = q - scaled * q[users, at][:, None]
         curvature = curvature - scaled * column
-        left[:, r + step, :] = scaled
-        right[:, r + step, :] = column
-        taken = taken + one_hot(pick, d)
-    lowering = transpose((left[:, r:, :] @ model.U) * low_rank.scale[:, None, None]) @ right[:, r:, :]
-    after = Marginal(q=q, curvature=curvature, UH=before.UH - lowering)
-    return _Sparse(support=picks, taken=taken, gain=first_gain, after=after)
+        left[:, here, :] = scaled
+        right[:, here, :] = column
+        taken = taken | (features == pick[:, None])
+    lowering = transpose(left[:, r:, :] @ model.U) * low_rank.scale[:, None, None]
+    after = Marginal(
+        q=q,
+        curvature=curvature,
+        rows=xp.concat([before.rows, right[:, r:, :]], axis=1),
+        mixing=xp.concat([before.mixing, -lowering], axis=2),
+    )
+    return _Sparse(support=picks, taken=xp.astype(taken, q.dtype), gain=first_gain, after=after)
 
 
 def _precision(batch: Batch, low_rank: _LowRank, support: Array, model: SharedModel) -> Array:

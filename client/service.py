@@ -16,11 +16,12 @@ from client.settings import NodeSettings
 from client.shard import Shard, total_contribution
 from client.sources import node_data
 from client.store import DeviceStore
-from client.store_file import FULL
+from client.store_file import FULL, MEMORY
+from client.transient import TransientStore
 from common.errors import Refused
 from common.families import FAMILIES
 from common.model import PersonalState
-from common.records import Contribution, encode
+from common.records import Broadcast, Contribution, encode
 from privacy.layout import layout_of_event
 from privacy.participation import admit, cost_units, is_noiseless, is_unlimited, limit_units
 
@@ -39,7 +40,8 @@ class NodeService:
         self._settings = settings
         self._name = settings.name.format(partition=index)
         self._population, self._schema = node_data(settings.data, settings.family, index, num_nodes)
-        self._store = DeviceStore.open(settings.store.format(partition=index), self._population.users)
+        path, users = settings.store.format(partition=index), self._population.users
+        self._store = TransientStore(users) if path == MEMORY else DeviceStore.open(path, users)
         self._shard = Shard(self._population, self._schema, FAMILIES[settings.family])
 
     def close(self) -> None:
@@ -90,7 +92,12 @@ class NodeService:
         """
         accepted = self._check(payload, signature, "fold_in")
         broadcast = accepted.broadcast
-        digest = sha256(payload).digest()
+        if self._store.keeps_states:
+            self._keep_states(broadcast, sha256(payload).digest())
+        self._store.acknowledge(broadcast.ledger_id, accepted.sequence, accepted.head)
+        return encode({"acknowledged": accepted.sequence}, {})
+
+    def _keep_states(self, broadcast: Broadcast, model_digest: bytes) -> None:
         with np.errstate(all="ignore"):
             for chunk, batch in self._shard.batches():
                 solution = personalize(
@@ -101,9 +108,7 @@ class NodeService:
                     with_precision=True,
                 )
                 users = [self._population.users[i] for i in chunk.users]
-                self._store.save_states(users, _finite(solution.state(), broadcast.model.beta), digest)
-        self._store.acknowledge(broadcast.ledger_id, accepted.sequence, accepted.head)
-        return encode({"acknowledged": accepted.sequence}, {})
+                self._store.save_states(users, _finite(solution.state(), broadcast.model.beta), model_digest)
 
     def _check(self, payload: bytes, signature: bytes, purpose: str) -> Accepted:
         policy = self._settings.policy()

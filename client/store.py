@@ -78,6 +78,8 @@ class DeviceStore:
     reach the disk is not charged in memory either.
     """
 
+    keeps_states = True
+
     def __init__(self, path: str, users: Sequence[str]) -> None:
         """Not for callers: see `open`."""
         self._path = path

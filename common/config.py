@@ -142,7 +142,7 @@ class SyntheticConfig(_Section):
     """
 
     users: Count = 2000
-    examples: Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)] = 20
+    examples: Annotated[int | tuple[int, int], BeforeValidator(_one_or_range)] = (4, 60)
     dimension: Count = 30
     rank: Annotated[int, Field(ge=0)] = 3
     sparsity: Annotated[int, Field(ge=0)] = 3
@@ -269,6 +269,7 @@ class RunConfig(_Section):
     Attributes:
         out: The run folder; by default the command picks one.
         ledger: The population's ledger to charge; by default one in the run folder.
+        stores: Whether the simulated nodes keep their filters and personal models in files, or nothing at all.
         resume: Go on with the run that is in `out`.
         name: Of the run in its ledger; the command makes one.
         noise_multiplier: z of each release, from the plan; the command fills it in.
@@ -276,6 +277,7 @@ class RunConfig(_Section):
 
     out: str | None = None
     ledger: str | None = None
+    stores: Literal["files", "memory"] = "files"
     resume: bool = False
     name: str | None = None
     noise_multiplier: str | None = None

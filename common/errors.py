@@ -9,6 +9,8 @@ UmbelError                 2  bad input or configuration
 └── StorageError           7  the disk failed; nothing was released
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -52,3 +54,30 @@ class StorageError(UmbelError):
     """A write to disk failed; what was being released was not released."""
 
     exit_code: ClassVar[int] = 7
+
+
+REFUSALS: Mapping[str, str] = MappingProxyType(
+    {
+        "malformed": "The message is not the canonical encoding of what it should be.",
+        "protocol": "The message is of another protocol version.",
+        "signature": "The message or its ledger line was not signed by the key this node trusts.",
+        "ledger_unknown": "The message charges a ledger other than the one this node is pinned to.",
+        "ledger_gap": "Ledger lines since the last one this node acknowledged are missing.",
+        "ledger_fork": "The ledger differs from what this node acknowledged before.",
+        "ledger_rollback": "The ledger ends before a line that this node acknowledged.",
+        "replayed": "The ledger line was answered before.",
+        "policy_noise": "The release has less noise than this node accepts.",
+        "policy_clipping": "The clipping norm is outside the bounds of this node.",
+        "policy_shape": "The computation, or the layout of its contribution, is not one this node accepts.",
+        "policy_not_private": "The noise is absent or seeded, which this node accepts in simulations only.",
+        "policy_users": "The node hosts more users than its policy allows in one sum.",
+        "deadline": "The deadline has passed or is too far away.",
+        "purpose": "The message asks for something this node does not do.",
+        "storage": "The node could not store what has to be on disk before it answers.",
+        "busy": "The node is at work on another message.",
+        "unavailable": "Flower could not reach the node, or lost its reply.",
+        "client_error": "The client ended without an answer.",
+        "error": "The node failed for a reason that it does not tell.",
+    }
+)
+"""What each code of a `Refused` means. The codes are public; nothing else about a refusal leaves a node."""

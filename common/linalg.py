@@ -45,24 +45,34 @@ def trace(A: Array) -> Array:
 
 
 def inverse_positive(A: Array) -> Array:
-    """Inverses of symmetric positive definite matrices, one user at a time where a library fails for the batch.
+    """Inverses of symmetric positive definite matrices; a failure stays with its user.
 
-    A batched `inv` raises for all users on one singular matrix. Ours are positive definite by construction (every
-    Gram matrix has the prior's precision added), so this is a second line of defence: the rows that fail are NaN.
+    By Cholesky: A = L L', A^-1 = M' M with M = L^-1 by forward substitution over all users at once, which is faster
+    than a library's `inv` of many small matrices. A batched factorization raises for all users on one matrix that is
+    not positive definite. Ours are by construction (every Gram matrix has the prior's precision added), so this is a
+    second line of defence: the batch is halved until the culprits are alone, and they are NaN.
 
     Args:
         A: `n x p x p`.
 
     Returns:
-        `n x p x p`; NaN for a matrix that has no inverse.
+        `n x p x p`; NaN for a matrix that is not positive definite.
     """
     xp = array_namespace(A)
+    n, p = A.shape[:2]
     try:
-        return xp.linalg.inv(A)
-    except Exception:  # each library has its own error for a singular matrix
-        if A.shape[0] == 1:
+        L = xp.linalg.cholesky(A)
+    except Exception:  # each library has its own error for this
+        if n == 1:
             return xp.full_like(A, xp.nan)
-        return xp.concat([inverse_positive(A[i : i + 1, ...]) for i in range(A.shape[0])])
+        return xp.concat([inverse_positive(A[: n // 2, ...]), inverse_positive(A[n // 2 :, ...])])
+    M = xp.zeros_like(L)
+    for i in range(p):
+        scale = 1 / L[:, i, i]
+        M[:, i, i] = scale
+        if i:
+            M[:, i, :i] = apply_transposed(M[:, :i, :i], L[:, i, :i]) * -scale[:, None]
+    return transpose(M) @ M
 
 
 def one_hot(index: Array, size: int) -> Array:

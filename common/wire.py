@@ -11,21 +11,11 @@ from typing import cast
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from common.errors import Refused
+from common.errors import REFUSALS, Refused
 
 SIGNATURE_BYTES = 64  # Ed25519, RFC 8032
 
 # All that a node may say about why it does not answer, and what Flower's errors are read as.
-REFUSAL_CODES = frozenset(
-    {
-        *("malformed", "protocol", "signature", "deadline", "purpose"),  # the message
-        *("ledger_unknown", "ledger_gap", "ledger_fork", "ledger_rollback", "replayed"),  # what it charges
-        *("policy_noise", "policy_clipping", "policy_shape", "policy_not_private", "policy_users"),
-        *("storage", "busy", "error"),  # the node; `error` stands for everything without a code
-        *("unavailable", "client_error"),  # Flower: node or reply not reached, client ended without an answer
-    }
-)
-
 _RECORD = "payload"
 _STYPE = "bytes"
 _CODE = "code"
@@ -34,7 +24,7 @@ _UNREACHED = frozenset({ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABL
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """That a node did not answer, and why, as one of `REFUSAL_CODES`."""
+    """That a node did not answer, and why, as one of `common.errors.REFUSALS`."""
 
     code: str
 
@@ -117,7 +107,7 @@ def _only_record(message: Message, name: str) -> object:
 
 
 def _public(code: str) -> str:
-    return code if code in REFUSAL_CODES else "error"
+    return code if code in REFUSALS else "error"
 
 
 def _malformed() -> Refused:

@@ -26,13 +26,20 @@ class Viewpoint:
     means: str
 
 
-def who_sees_what(users_per_node: int | None) -> tuple[Viewpoint, ...]:
-    """The table, for a registry whose largest node hosts so many users; None where there is no registry yet."""
+def who_sees_what(users_per_node: int | None, *, is_private: bool) -> tuple[Viewpoint, ...]:
+    """The table "who sees what".
+
+    Args:
+        users_per_node: The most users that one node of the registry hosts; None where there is no registry yet.
+        is_private: Whether the ledger's releases promise anything.
+    """
     return (
         Viewpoint(
             who="Anyone who reads the release",
             sees="The shared model and the noised sums of every round, this ledger and this report.",
-            means="This is what the promise covers: none of it depends on one user beyond epsilon and delta.",
+            means="This is what the promise covers: none of it depends on one user beyond epsilon and delta."
+            if is_private
+            else "NOT PRIVATE: nothing limits what they can learn about one user.",
         ),
         Viewpoint(
             who="The server that adds the noise",
@@ -55,7 +62,7 @@ def who_sees_what(users_per_node: int | None) -> tuple[Viewpoint, ...]:
         Viewpoint(
             who="Another user, another node",
             sees="The shared models, like anyone. No message has a field for a personal model.",
-            means="Covered by the promise.",
+            means="Covered by the promise." if is_private else "NOT PRIVATE, as above.",
         ),
         Viewpoint(
             who="Whoever runs a simulation",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Colours no one would choose, each standing for a variable of the page's style sheet.
 _INK, _MUTED, _RULE, _ACCENT, _TINT, _WARN = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule", _ACCENT: "accent", _TINT: "tint", _WARN: "warn"}
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched, and takes the page's font
     "svg.hashsalt": "umbel",
     "font.family": "sans-serif",
@@ -38,6 +38,7 @@ _SETTINGS = {
     "ytick.labelcolor": _MUTED,
 }
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_FONT = "font-family: 'DejaVu Sans', sans-serif"
 _MOST_MARKERS = 60
 
 
@@ -116,7 +117,7 @@ def error_plot(
     import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
 
     with mpl.rc_context(_SETTINGS):
-        figure, *panels = _figure(8.2, 0.75 + 0.27 * len(rows), columns=len(groups))
+        figure, *panels = _figure(8.2, 0.75 + 0.27 * len(rows), widths=[2.0, *(1.0 for _ in range(len(groups) - 1))])
         for panel, (group, title) in zip(panels, groups.items(), strict=True):
             _error_panel(panel, rows, group, title)
         ours = next((row.errors[next(iter(groups))] for row in rows if row.is_ours), None)
@@ -125,6 +126,7 @@ def error_plot(
             panels[0].errorbar(
                 ours, _ours_position(rows), xerr=standard_error, color=_ACCENT, capsize=3, linewidth=1.4, zorder=4
             )
+        panels[0].margins(x=0.12)
         panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
         for label, row in zip(panels[0].get_yticklabels(), rows, strict=True):
             label.set_color(_ACCENT if row.is_ours else _INK)
@@ -147,19 +149,19 @@ def _error_panel(panel: "Axes", rows: Sequence[ErrorRow], group: str, title: str
         if row.is_ours:
             panel.axvline(error, color=_ACCENT, linewidth=0.8, alpha=0.6, zorder=1)
         marker, color, size = ("D", _ACCENT, 6.5) if row.is_ours else ("o", _INK, 5)
-        panel.plot(error, position, marker=marker, color=color, markersize=size, linestyle="none", zorder=5)
+        panel.plot(error, position, marker, color=color, markersize=size, clip_on=False, zorder=5)
 
 
 def _ours_position(rows: Sequence[ErrorRow]) -> int:
     return next(position for position, row in enumerate(rows) if row.is_ours)
 
 
-def _figure(width: float, height: float, columns: int = 1) -> Any:
+def _figure(width: float, height: float, widths: Sequence[float] = (1.0,)) -> Any:
     from matplotlib.figure import Figure  # noqa: PLC0415 (as above)
 
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
-    panels = figure.subplots(1, columns, sharex=True, sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(widths), width_ratios=widths, sharex=True, sharey=True, squeeze=False)[0]
     for panel in panels:
         panel.patch.set_alpha(0)
     return figure, *panels
@@ -171,7 +173,7 @@ def _svg(figure: "Figure", name: str, description: str) -> str:
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r"<defs>\s*<style.*?</defs>", "", drawn, count=1, flags=re.DOTALL)  # it would style the page
     head, rest = drawn.split(">", 1)
     view = re.search(r'viewBox="[^"]*"', head)
     rest = rest.replace("xlink:href", "href")
@@ -179,6 +181,6 @@ def _svg(figure: "Figure", name: str, description: str) -> str:
     rest = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", rest)
     for color, variable in _VARIABLES.items():
         rest = rest.replace(color, f"var(--{variable})")
-    rest = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", rest)
+    rest = rest.replace(_FONT, "font-family: var(--sans)")
     label = escape(description, quote=True)
     return f'<svg role="img" aria-label="{label}" {view.group() if view else ""}>{rest}'

@@ -325,8 +325,9 @@ def _report(
         for number, entry in enumerate(checked.rounds, 1)
     )
     total = _spent(multipliers, delta, s)
+    reasons = _reasons(checked)
     return PrivacyReport(
-        not_private=_reasons(checked),
+        not_private=reasons,
         population=genesis["population"],
         ledger_id=genesis["ledger_id"],
         unit=genesis["unit"],
@@ -345,7 +346,7 @@ def _report(
         runs=dict(checked.runs),
         rounds=rounds,
         model=model,
-        who_sees_what=who_sees_what(registry.get("users_per_node")),
+        who_sees_what=who_sees_what(registry.get("users_per_node"), is_private=not reasons),
         unprotected=UNPROTECTED,
         signature_limits=SIGNATURE_LIMITS,
         tuning=tuning_note(len(checked.runs), len(rounds)),

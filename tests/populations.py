@@ -1,10 +1,11 @@
 """Small populations for tests, from lists of users."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from client.batches import Chunk, Design, cleaned, design_of
 from common.data import DataSchema, DenseFeatures, Population, example_keys, row_hashes, text_hashes
@@ -92,12 +93,17 @@ def draw_users(
     return [draw_user(rng, model, count, **options) for count in counts]
 
 
-def with_data(user: User, X: Array, y: Array | None = None, weight: Array | None = None) -> User:
-    """Another user in the place of `user`."""
-    m = len(X)
-    return replace(
-        user,
-        X=np.asarray(X, np.float64),
-        y=np.zeros(m) if y is None else np.asarray(y, np.float64),
-        weight=np.ones(m) if weight is None else np.asarray(weight, np.float64),
-    )
+def arrays(record: Any) -> dict[str, Any]:
+    """The declared fields of a record, without what it caches."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def torch_batch(batch: Any) -> Any:
+    """The same batch on torch tensors."""
+    return type(batch)(**{name: torch.from_numpy(value.copy()) for name, value in arrays(batch).items()})
+
+
+def torch_model(model: SharedModel) -> SharedModel:
+    """The same prior on torch tensors."""
+    tensors: dict[str, Any] = {"beta": torch.from_numpy(model.beta.copy()), "U": torch.from_numpy(model.U.copy())}
+    return replace(model, **tensors)

@@ -159,7 +159,9 @@ def ledger_contents(path: Path, run: str | None = None) -> dict[str, Any]:
     """
     ledger = PrivacyLedger.open(find_target(path).ledger)
     if run is not None and run not in ledger.runs:
-        raise UmbelError(f"Expected one of the runs {', '.join(ledger.runs) or '(none)'}, got {run=}. Name one of them.")
+        raise UmbelError(
+            f"Expected one of the runs {', '.join(ledger.runs) or '(none)'}, got {run=}. Name one of them."
+        )
     genesis, delta, s = ledger.genesis, float(ledger.genesis["delta"]), int(ledger.genesis["max_nodes_per_user"])
     rounds = sorted((r for name in ledger.runs for r in ledger.rounds_of(name)), key=lambda entry: entry.sequence)
     mu = mu_curve([entry.event["noise_multiplier"] for entry in rounds], s)
@@ -187,11 +189,17 @@ def _round_facts(entry: Round) -> dict[str, Any]:
         "sequence": entry.sequence,
         "run": entry.run,
         "round": entry.server_round,
-        "outcome": "open" if entry.is_open else entry.abort_code and f"aborted: {entry.abort_code}" or "released",
+        "outcome": _outcome(entry),
         "release_digest": entry.release_digest,
         "invited_users": entry.invited_users,
         "event": dict(entry.event),
     }
+
+
+def _outcome(entry: Round) -> str:
+    if entry.is_open:
+        return "open"
+    return "released" if entry.abort_code is None else f"aborted: {entry.abort_code}"
 
 
 def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:

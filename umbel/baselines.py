@@ -27,7 +27,7 @@ from server.initialization import initial_model, prior_noise_variance, regulariz
 from server.rounds import CLIPPING_BOUNDS, ServerState, apply_round, initial_state, public_metric
 from server.training import contribution_layout
 
-PENALTIES = (0.3, 1.0, 3.0, 5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 50.0)
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 50.0, 100.0)
 """Ridge penalties tried on the validation part."""
 _VALIDATION_SEED_OFFSET = 1_000_003
 _VALIDATION_FRACTION = 0.2

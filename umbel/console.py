@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from privacy.gaussian import epsilon_of_mu
 from umbel.promise import NOTHING_PROMISED, promise, rounded_up
 
 _ROUNDS_LOG = "umbel.rounds"
@@ -199,7 +200,9 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     console.print(table)
     if plan["epsilon"] is not None:
         console.print(_curve_table(plan, "█" if console.encoding.startswith("utf") else "#"))
-        _say(console, promise(plan["epsilon"], plan["delta"], max_nodes_per_user=plan["max_nodes_per_user"]))
+    if not plan["not_private"]:
+        releases, s = f"the {plan['rounds']} releases of such a run", plan["max_nodes_per_user"]
+        _say(console, promise(plan["epsilon"], plan["delta"], max_nodes_per_user=s, releases=releases))
     for note in plan["notes"]:
         _say(console, f"note: {note}")
 
@@ -223,13 +226,8 @@ def show_audit(audit: Mapping[str, Any]) -> None:
         _say(console, "Give the owner's --public-key, from where the owner published it, to know whose ledger this is.")
 
 
-def show_ledger(contents: Mapping[str, Any], epsilon_of: Callable[[float | None], float | None]) -> None:
-    """A ledger's budget and its rounds, the first and the last of many.
-
-    Args:
-        contents: As `auditing.ledger_contents` gives them.
-        epsilon_of: Epsilon of a mu, at the ledger's delta.
-    """
+def show_ledger(contents: Mapping[str, Any]) -> None:
+    """A ledger's budget and its rounds, the first and the last of many."""
     console, genesis = Console(), contents["genesis"]
     spent, budget = contents["epsilon_spent"], contents["epsilon_budget"]
     registry = contents["registry"] or {}
@@ -249,12 +247,12 @@ def show_ledger(contents: Mapping[str, Any], epsilon_of: Callable[[float | None]
     shown = rounds if len(rounds) <= _MOST_LINES else [*rounds[: _MOST_LINES // 2], None, *rounds[-_MOST_LINES // 2 :]]
     table = Table("line", "run", "round", "z", "C", "users", "outcome", "epsilon after", box=None)
     for entry in shown:
-        table.add_row(*(_round_cells(entry, epsilon_of) if entry else ["…"] * len(table.columns)))
+        table.add_row(*(_round_cells(entry, contents["delta"]) if entry else ["…"] * len(table.columns)))
     console.print(table)
 
 
-def _round_cells(entry: Mapping[str, Any], epsilon_of: Callable[[float | None], float | None]) -> list[str]:
-    event = entry["event"]
+def _round_cells(entry: Mapping[str, Any], delta: float) -> list[str]:
+    event, mu = entry["event"], entry["mu_after"]
     return [
         str(entry["sequence"]),
         entry["run"],
@@ -263,7 +261,7 @@ def _round_cells(entry: Mapping[str, Any], epsilon_of: Callable[[float | None], 
         f"{float(event['clipping_norm']):.4g}",
         str(entry["invited_users"]),
         entry["outcome"],
-        rounded_up(epsilon_of(entry["mu_after"])),
+        rounded_up(None if mu is None else epsilon_of_mu(mu, delta)),
     ]
 
 
@@ -283,7 +281,10 @@ def _error_table(results: Mapping[str, Any]) -> Table:
     rows = {"umbel (this run)": ours} | {_BASELINES.get(k, k): v for k, v in baselines.items()}
     reference = None if results["privacy"]["not_private"] else _BASELINES[_REFERENCE]
     best = [
-        min((v for name, row in rows.items() if name != reference and (v := _cell(row, group)) is not None), default=None)
+        min(
+            (v for name, row in rows.items() if name != reference and (v := _cell(row, group)) is not None),
+            default=None,
+        )
         for group in (None, *groups)
     ]
     for name, row in rows.items():
@@ -337,10 +338,8 @@ def _curve_table(plan: Mapping[str, Any], block: str) -> Table:
 def _audit_rows(audit: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     releases, privacy = audit["releases"], audit["privacy"]
     yield "lines", f"{audit['lines']} valid" + (f", {audit['torn_bytes']} torn bytes" if audit["torn_bytes"] else "")
-    yield (
-        "releases",
-        f"{releases['reserved']} charged, {releases['committed']} committed, {releases['compared']} compared with files",
-    )
+    compared = f"{releases['compared']} compared with files"
+    yield "releases", f"{releases['reserved']} charged, {releases['committed']} committed, {compared}"
     if privacy is None:
         return
     yield "population", f"{audit['population']}, {audit['population_size'] or 'no'} users registered"

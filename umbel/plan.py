@@ -41,6 +41,8 @@ def forecast(
     Raises:
         UmbelError: If a number is out of range or the ledger was made for another s.
     """
+    if rounds < 1:
+        raise UmbelError(f"Expected 1 <= rounds, got {rounds=}.")
     ledger = None if ledger_path is None else PrivacyLedger.open(ledger_path)
     if ledger is not None:
         users = users or (ledger.registry or {}).get("population_size")

@@ -18,7 +18,6 @@ from common.config import Config, load_config, to_toml
 from common.data import DataSchema, partition
 from common.errors import BudgetExhausted, UmbelError
 from common.files import write_durably
-from common.model import SharedModel
 from privacy.accounting import Plan, plan
 from privacy.gaussian import epsilon_of_mu, replace_one
 from privacy.keys import create_key, load_key
@@ -27,7 +26,7 @@ from privacy.mechanism import check_delta_fp, delta_fp
 from privacy.participation import cost_units, is_noiseless
 from server.checkpoint import load_model, save_schema
 from server.registry import Registry, registry_of
-from server.settings import LedgerPlace, RunFolder, load_run
+from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
 from server.training import ROUNDS_LOG, contribution_layout
 from umbel.results import baseline_section, error_section, evaluate, peak_memory_bytes
 
@@ -93,9 +92,7 @@ def simulate(config: Config, *, progress: Progress, with_baselines: bool = True)
     settings = load_run(Path(str(config.run.out)))
     progress.step("training")
     rounds = run_engine(config, settings.folder)
-    model, _ = load_model(settings.folder.model)
-    results = evaluated(config, settings.folder, settings.schema, model, rounds, progress, with_baselines)
-    return results
+    return evaluated(settings, rounds, progress=progress, with_baselines=with_baselines)
 
 
 def resume_config(config: Config) -> Config:
@@ -124,8 +121,10 @@ def lay_out(config: Config, progress: Progress) -> Config:
             f"Expected training.nodes <= {train.num_users} users, "
             f"got training.nodes={config.training.nodes}. Use fewer."
         )
-    if train.num_examples == 0 or test.num_examples == 0:
-        raise UmbelError("Expected training and held-out examples, got none of one kind. Change data.test_fraction.")
+    if train.num_examples == 0:
+        raise UmbelError("Expected training examples, got none. Lower data.test_fraction.")
+    if test.num_examples == 0:
+        progress.warn("nothing is held out, so no error will be computed; raise data.test_fraction for one.")
     delta = config.privacy.delta or min(_DEFAULT_DELTA, 1 / (10 * train.num_users))
     if delta >= 1 / train.num_users:
         progress.warn(
@@ -159,7 +158,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
     save_schema(folder.schema, schema)
     folder.nodes.mkdir(mode=0o700, exist_ok=True)
     nodes = NodeSettings(
-        store=str(folder.nodes / "node-{partition}.sqlite"),
+        store=":memory:" if config.run.stores == "memory" else str(folder.nodes / "node-{partition}.sqlite"),
         public_key=public_key,
         ledger_id=genesis["ledger_id"],
         mu_max=genesis["mu_max"],
@@ -279,15 +278,18 @@ def run_engine(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def evaluated(
-    config: Config,
-    folder: RunFolder,
-    schema: DataSchema,
-    model: SharedModel,
-    rounds: list[dict[str, Any]],
-    progress: Progress,
-    with_baselines: bool,
+    settings: RunSettings, rounds: list[dict[str, Any]], *, progress: Progress, with_baselines: bool
 ) -> dict[str, Any]:
-    """Evaluate, write `evaluation/results.json` and the report, and return the results."""
+    """Evaluate, write `evaluation/results.json` and the report, and return the results.
+
+    Args:
+        settings: A run that has finished training.
+        rounds: The public numbers of its rounds.
+        progress: Who watches.
+        with_baselines: Whether to compare with baselines.
+    """
+    config, folder, schema = settings.config, settings.folder, settings.schema
+    model, _ = load_model(folder.model)
     ours, found, penalties = evaluate(config, schema, model, with_baselines=with_baselines, on_step=progress.step)
     population = train_and_test(config.data, config.model.family)[0].num_users
     seconds = [entry["seconds"] for entry in rounds]

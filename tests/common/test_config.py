@@ -160,7 +160,7 @@ def test_an_unknown_key_gets_the_nearest_one(tmp_path: Path, text: str, key: str
         ('[data]\nfeatures = [{ name = "a", values = ["x", "x"] }]', "a list of different values"),
         ('[data]\nformat = "table"', "data.source to be a file or folder for data.format='table'"),
         ('[data]\nformat = "csv"', "one of 'auto', 'movielens-1m'"),
-        ("[data.synthetic]\nexamples = 0", "got data.synthetic.examples=0. Leave it out for the default 20."),
+        ("[data.synthetic]\nexamples = 0", "got data.synthetic.examples=0. Leave it out for the default [4, 60]."),
         ("[data.synthetic]\nexamples = [5, 2]", "got data.synthetic.examples=[5, 2]."),
         ("[data.synthetic]\ndimension = 2", "rank and sparsity of at most dimension"),
         ("data = 3", "a table, got data=3. Write [data] and its keys below."),

@@ -1,0 +1,241 @@
+"""The report as files: a page for people, twice, and one object for machines.
+
+The page needs nothing but itself: no request leaves it, whatever the names in the data are. The one in the release
+folder holds public facts only; the one in the run folder adds what a simulation computed from raw data.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from common.errors import StorageError
+from common.files import write_durably
+from privacy.disclosure import EVALUATION_NOTICE
+from privacy.plots import ErrorRow, epsilon_plot, error_plot
+from privacy.report import PrivacyReport, RoundFacts, counted, read_evaluation, report_of, shown_rounds
+from privacy.rounding import rounded_up
+
+_METHODS = {
+    "low_rank": ("without personal sparse parts", "the same noise"),
+    "ridge_around_global": ("alone, around one private model", "the same noise"),
+    "alone": ("each user alone", "nothing is shared"),
+    "global": ("one model for everybody", "the same noise"),
+    "non_private": ("without privacy", "none"),
+}
+_METRICS = {"rmse": "root mean squared error", "log_loss": "logarithmic loss"}
+_MOST_NAMES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of the table of rounds.
+
+    Attributes:
+        title: Its head.
+        meaning: What it is, in words.
+        cells: A text for each round shown.
+        is_number: Whether it is aligned as numbers are.
+        is_setting: Whether it is said once where it is the same in all rounds.
+    """
+
+    title: str
+    meaning: str
+    cells: tuple[str, ...]
+    is_number: bool = True
+    is_setting: bool = True
+
+
+def write_reports(run_root: Path) -> Path:
+    """Write the reports of a finished run: `release/report.html`, `release/report.json`, and the full page.
+
+    Args:
+        run_root: The run folder.
+
+    Returns:
+        The full page, `report.html`, which has the evaluation where there is one.
+
+    Raises:
+        UmbelError: If the run has no release yet, or a file of it cannot be read.
+        StorageError: If the disk fails.
+    """
+    report, evaluation = report_of(run_root), read_evaluation(run_root)
+    public = render(report)
+    page, release = run_root / "report.html", run_root / "release"
+    write_report(report, html=release / "report.html", machine=release / "report.json", page=public)
+    write_durably(page, (render(report, evaluation) if evaluation else public).encode())
+    return page
+
+
+def write_report(report: PrivacyReport, *, html: Path, machine: Path, page: str | None = None) -> None:
+    """Write a report of public facts as a page and as JSON.
+
+    Args:
+        report: What it says.
+        html: Where the page goes.
+        machine: Where the JSON goes.
+        page: The page, if it is rendered already.
+    """
+    text = json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    for path, content in ((machine, text + "\n"), (html, page or render(report))):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"Expected a folder for {path}, got {error.strerror}.") from error
+        write_durably(path, content.encode())
+
+
+def render(report: PrivacyReport, evaluation: Mapping[str, Any] | None = None) -> str:
+    """The page.
+
+    Args:
+        report: Public facts.
+        evaluation: What a simulation computed from raw data; with it the page must not be published.
+    """
+    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415 (the extra `simulate`)
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(up=rounded_up, counted=counted)
+    source = files("privacy").joinpath("templates/report.html.jinja").read_text("utf-8")
+    shown = [report.rounds[number - 1] for number in shown_rounds(len(report.rounds))]
+    columns = tuple(_columns(report, shown))
+    return environment.from_string(source).render(
+        report=report,
+        spent=report.spent,
+        checked=report.verification,
+        factor=_factor(report.spent.epsilon),
+        budget=f"{report.budget_epsilon:g}" if math.isfinite(report.budget_epsilon) else "none",
+        epsilon_svg=_epsilon_svg(report),
+        constant=[column for column in columns if _is_constant(column)],
+        varying=[column for column in columns if not _is_constant(column)],
+        rows_shown=len(shown),
+        names=() if report.model is None else report.model.feature_names[:_MOST_NAMES],
+        evaluation=_evaluation_view(evaluation) if evaluation else None,
+        notice=EVALUATION_NOTICE,
+    )
+
+
+def _factor(epsilon: float) -> str | None:
+    """e^epsilon as people read it, None where it says nothing."""
+    return rounded_up(math.exp(epsilon), 3) if epsilon < 20 else None
+
+
+def _epsilon_svg(report: PrivacyReport) -> Any:
+    points = [(point.number, point.epsilon) for point in report.curve if math.isfinite(point.epsilon)]
+    if not points:
+        return None
+    starts: dict[int, str] = {}
+    for facts in report.rounds:
+        if facts.run not in starts.values():
+            starts[facts.number] = facts.run
+    description = (
+        f"Epsilon spent rises to {rounded_up(points[-1][1])} after {counted(points[-1][0], 'charged round')}; "
+        f"the budget is {report.budget_epsilon:g}."
+    )
+    return _markup(epsilon_plot(points, budget=report.budget_epsilon, run_starts=starts, description=description))
+
+
+def _columns(report: PrivacyReport, shown: Sequence[RoundFacts]) -> Iterator[Column]:
+    epsilon = {point.number: rounded_up(point.epsilon) for point in report.curve}
+
+    def column(title: str, meaning: str, cell: Any, **kind: bool) -> Column:
+        return Column(title=title, meaning=meaning, cells=tuple(map(cell, shown)), **kind)
+
+    if len(report.runs) > 1:
+        yield column("run", "the run that charged it", lambda r: r.run, is_number=False, is_setting=False)
+    yield column("round", "its number in the run", lambda r: f"{r.server_round:,}", is_setting=False)
+    yield column("ε after", "spent by the whole ledger after it", lambda r: epsilon[r.number], is_setting=False)
+    yield column("z", "noise multiplier: standard deviation of the noise, in clipping norms", _z)
+    yield column("C", "clipping norm: the most one user can add", _clipping_norm)
+    yield column("shares", "parts of C for each group of numbers", _shares, is_number=False)
+    yield column("D", "numbers released", lambda r: f"{r.coordinates:,}")
+    yield column("K", "grid scale: integers per clipping norm", lambda r: f"{r.grid_scale:,}")
+    yield column("denominator", "what the noised sum is divided by, public", lambda r: f"{r.denominator:,}")
+    yield column("cap", "rounds like this that one user's filter admits in all", _cap)
+    yield column("sampling", "of users; none means that everybody takes part", lambda r: r.sampling, is_number=False)
+    yield column("noise", "what its randomness comes from", lambda r: r.noise, is_number=False)
+    yield column("users invited", "users on the invited nodes", lambda r: f"{r.invited_users:,}")
+    yield column("nodes answered", "of those invited", _attendance, is_setting=False)
+    if any(facts.initialization for facts in shown):
+        yield column("initialization", "makes the first model", lambda r: "yes" if r.initialization else "no")
+    yield column("outcome", "what became of the charge", lambda r: r.outcome, is_number=False, is_setting=False)
+
+
+def _z(facts: RoundFacts) -> str:
+    return "0 (no noise)" if float(facts.noise_multiplier) == 0 else facts.noise_multiplier
+
+
+def _clipping_norm(facts: RoundFacts) -> str:
+    return f"{float(facts.clipping_norm):#.6g}"
+
+
+def _shares(facts: RoundFacts) -> str:
+    return ", ".join(f"{name} {share}" for name, share in facts.shares.items())
+
+
+def _cap(facts: RoundFacts) -> str:
+    return "no limit" if facts.cap is None else f"{facts.cap:,}"
+
+
+def _attendance(facts: RoundFacts) -> str:
+    if facts.attendance is None:
+        return "not recorded"
+    refused = "".join(f", {code} {count:,}" for code, count in sorted(facts.attendance.refusals.items()))
+    return f"{facts.attendance.answered:,} of {facts.attendance.invited:,}{refused}"
+
+
+def _is_constant(column: Column) -> bool:
+    return column.is_setting and len(column.cells) > 1 and len(set(column.cells)) == 1
+
+
+def _evaluation_view(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the evaluation part shows: a plot and the same numbers as a table."""
+    error = evaluation["error"]
+    groups = {"overall": "all users"} | {name: name.replace("-", "–") for name in error["by_examples"]}
+    found = [("ours", "umbel, this run", "as reported", error)]
+    for name, section in evaluation["baselines"].items():
+        label, noise = _METHODS.get(name, (name, ""))
+        found.append((name, label, noise, section))
+    order = ["ours", *_METHODS]
+    found.sort(key=lambda entry: order.index(entry[0]) if entry[0] in order else len(order))
+    rows = [ErrorRow(label=label, errors=_errors(section), is_ours=name == "ours") for name, label, _, section in found]
+    groups = {name: title for name, title in groups.items() if any(row.errors.get(name) is not None for row in rows)}
+    metric = _METRICS.get(evaluation["metric"], evaluation["metric"])
+    standard_error = _finite(error.get("standard_error"))
+    return {
+        "metric": metric,
+        "groups": groups,
+        "rows": [(row, noise) for row, (_, _, noise, _) in zip(rows, found, strict=True)],
+        "standard_error": standard_error,
+        "penalties": {
+            _METHODS.get(name, (name, ""))[0]: value for name, value in evaluation.get("penalties", {}).items()
+        },
+        "users": evaluation.get("users"),
+        "users_per_second": _finite(evaluation.get("users_per_second")),
+        "svg": _error_svg(rows, groups, standard_error, metric) if groups else None,
+    }
+
+
+def _error_svg(rows: Sequence[ErrorRow], groups: Mapping[str, str], standard_error: float | None, metric: str) -> Any:
+    overall = ", ".join(f"{row.label} {row.errors['overall']:.4g}" for row in rows if row.errors["overall"] is not None)
+    description = f"{metric}, lower is better. All users: {overall}. The table has the rest."
+    svg = error_plot(rows, groups=groups, standard_error=standard_error, metric=metric, description=description)
+    return _markup(svg)
+
+
+def _errors(section: Mapping[str, Any]) -> dict[str, float | None]:
+    errors = {"overall": section["overall"], **section["by_examples"]}
+    return {name: _finite(error) for name, error in errors.items()}
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _markup(svg: str) -> Any:
+    from markupsafe import Markup  # noqa: PLC0415 (comes with jinja2)
+
+    return Markup(svg)  # noqa: S704 (our own drawing; what it quotes was escaped there)

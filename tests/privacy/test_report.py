@@ -1,0 +1,447 @@
+"""A report says what its ledger says, rounded against us, and its public part holds nothing else."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from decimal import Decimal
+from hashlib import sha256
+from html import escape
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import UmbelError, VerificationError
+from common.files import pack
+from privacy.disclosure import EVALUATION_NOTICE
+from privacy.keys import public_key_hex
+from privacy.lines import ZERO_HEAD, parse_line, signed_line
+from privacy.participation import mu_max_string
+from privacy.report import PrivacyReport, report_of, report_of_ledger, shown_rounds
+from privacy.report_page import render, write_report, write_reports
+from privacy.rounding import rounded_up
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+OWNER = public_key_hex(KEY)
+OTHER = public_key_hex(Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33))))
+DIGEST = "0f" * 32
+DELTA = 1e-6
+HOSTILE = '<script>alert("x")</script>&\'$_{}'
+RESULTS = {
+    "metric": "rmse",
+    "error": {"overall": 0.7654321, "by_examples": {"0-9": None, "10-29": 0.8123456}, "standard_error": 0.0234567},
+    "baselines": {
+        "global": {"overall": 0.9876543, "by_examples": {"0-9": None, "10-29": 1.2345678}},
+        HOSTILE: {"overall": math.nan, "by_examples": {"0-9": None, "10-29": 1.1}},
+    },
+    "penalties": {"alone": 3.0},
+}
+
+
+def event(z="10.000000", noise="aes-256-ctr", norm="1.250000"):
+    return {
+        "mechanism": "gaussian",
+        "noise_multiplier": z,
+        "clipping_norm": norm,
+        "grid_scale": 65536,
+        "groups": [{"name": "model", "size": 10, "share": "0.8"}, {"name": "scalars", "size": 5, "share": "0.6"}],
+        "denominator": 40,
+        "noise": noise,
+        "sampling": "none",
+        "initialization": False,
+    }
+
+
+def genesis(epsilon="2.0", s=1, population="people"):
+    return {
+        "ledger_id": "ledger",
+        "population": population,
+        "unit": "user",
+        "neighboring_relation": "zero-out",
+        "max_nodes_per_user": s,
+        "epsilon": epsilon,
+        "delta": "0.000001",
+        "mu_max": "inf" if epsilon == "inf" else mu_max_string(float(epsilon), DELTA, s),
+        "public_key": OWNER,
+        "format": 1,
+    }
+
+
+def write_lines(path, bodies):
+    """A ledger without the cost of bringing each line to disk; returns its head, hex."""
+    head, data = ZERO_HEAD, b""
+    for sequence, (kind, body) in enumerate(bodies):
+        raw = signed_line(sequence=sequence, kind=kind, body=body, previous=head, time="2026-01-31T12:00:00Z", key=KEY)
+        head, data = parse_line(raw).head, data + raw + b"\n"
+    path.write_bytes(data)
+    return head.hex()
+
+
+def lines(events, *, run="r", released=(), **about):
+    """A ledger of one run that charged `events` and committed the bytes in `released`, first come first."""
+    found = [
+        ("GENESIS", genesis(**about)),
+        ("REGISTRY", {"population_size": 40, "users_per_node": 20, "digest": DIGEST}),
+        ("START", {"run": run, "schedule": {"rounds": len(events)}, "configuration_digest": DIGEST}),
+    ]
+    for index, each in enumerate(events):
+        reserve = len(found)
+        found.append(("RESERVE", {"run": run, "round": index + 1, "event": each, "invited_users": 40}))
+        if index < len(released):
+            found.append(("COMMIT", {"reserve": reserve, "release_digest": sha256(released[index]).hexdigest()}))
+    return found
+
+
+def run_folder(root, events, *, run="r", names=("a", "b"), results=RESULTS, **about):
+    """A run folder as a finished run leaves it, as far as a report reads it."""
+    release = root / "release"
+    (release / "rounds").mkdir(parents=True)
+    released = [f"release {i}".encode() for i in range(len(events))]
+    for index, data in enumerate(released):
+        (release / "rounds" / f"{3 + 2 * index:09d}.safetensors").write_bytes(data)
+    head = write_lines(release / "ledger.jsonl", lines(events, run=run, released=released, **about))
+    facts = {"run": run, "ledger_head": head, "family": "squared", "sparsity": 1, "feature_names": list(names)}
+    arrays = {"beta": np.zeros(2), "U": np.zeros((2, 1))}
+    (release / "model.safetensors").write_bytes(pack(arrays, facts))
+    metrics = [{"round": 1, "invited": 2, "answered": 1, "refusals": {"policy": 1}}, {"round": 2}]
+    (release / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + '\n{"round": 3, "inv')
+    if results is not None:
+        (root / "evaluation").mkdir()
+        (root / "evaluation" / "results.json").write_text(json.dumps(results))
+    return root
+
+
+class Tags(HTMLParser):
+    """Open tags, identifiers and texts of a page."""
+
+    void = frozenset({"meta", "link", "br"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.ids, self.tags, self.texts, self.cells = [], [], [], [], 0
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def private_run(tmp_path_factory):
+    root = run_folder(tmp_path_factory.mktemp("run"), [event(), event("8.000000", norm="2.500000"), event()])
+    write_reports(root)
+    return root
+
+
+def test_losses_are_those_of_an_outside_accountant(private_run):
+    """Epsilon, replace-one, mu and rho of three rounds are what dp_accounting says of the same noise."""
+    from dp_accounting import get_epsilon_gaussian
+
+    report = report_of(private_run)
+    mu = math.sqrt(2 / 100 + 1 / 64)
+    assert report.spent.mu == pytest.approx(mu, rel=1e-9)
+    assert report.spent.rho == pytest.approx(mu**2 / 2, rel=1e-9)
+    assert report.spent.epsilon == pytest.approx(get_epsilon_gaussian(1 / mu, DELTA), rel=1e-6)
+    assert report.spent.replace_one_epsilon == pytest.approx(get_epsilon_gaussian(1 / (2 * mu), DELTA), rel=1e-6)
+    for at in report.at_deltas:
+        assert at.epsilon == pytest.approx(get_epsilon_gaussian(1 / mu, at.delta), rel=1e-6)
+    assert report.delta_fp == pytest.approx((1 + math.exp(report.spent.epsilon)) * 45 * 2.0**-114)
+    assert [point.number for point in report.curve] == [1, 2, 3]
+    assert report.curve[-1].epsilon == report.spent.epsilon
+    assert report.curve[0].epsilon == pytest.approx(get_epsilon_gaussian(10, DELTA), rel=1e-6)
+
+
+def test_the_statement_names_the_whole_promise(private_run):
+    """One sentence has unit, epsilon, delta, relation, trust, rounds and ledger, and stands first on the page."""
+    report = report_of(private_run)
+    for part in (
+        "each single user",
+        f"ε = {rounded_up(report.spent.epsilon)}",
+        "δ = 10⁻⁶",
+        "zero-out",
+        "central trust",
+        "whole ledger (3 charged rounds of 1 run)",
+    ):
+        assert part in report.statement
+    assert report.statement.count(". ") == 0
+    page = (private_run / "release" / "report.html").read_text()
+    assert page.index(report.statement) < page.index("<h2>")
+    assert "NOT PRIVATE" not in page
+
+
+def test_a_user_of_two_nodes_costs_twice_the_mu(tmp_path):
+    """With two nodes a user, mu doubles and the statement says so."""
+    write_lines(tmp_path / "l", lines([event()], s=2))
+    report = report_of_ledger(tmp_path / "l")
+    assert report.spent.mu == pytest.approx(2 / 10, rel=1e-9)
+    assert "up to 2 nodes" in report.statement
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "events"),
+    [("inf", [event("0", "none", "inf")]), ("2.0", [event(), event(noise="seeded (NOT PRIVATE)")])],
+    ids=["no noise", "seeded noise"],
+)
+def test_what_promises_nothing_says_so_first(tmp_path, epsilon, events):
+    """A ledger with a single round without noise, or with seeded noise, is reported as NOT PRIVATE throughout."""
+    report = report_of(run_folder(tmp_path, events, epsilon=epsilon))
+    page = render(report)
+    assert page.index("<strong>NOT PRIVATE</strong>") < page.index(escape(report.statement))
+    assert report.statement.startswith("No user of “people” is promised anything: 1 of ")
+    assert "NOT PRIVATE" in report.who_sees_what[0].means
+    assert "almost as surely" not in page
+
+
+def test_infinite_losses_are_null_for_machines_and_a_sign_for_people(tmp_path):
+    """Without noise epsilon is null in JSON and ∞ on the page, and there is no curve to draw."""
+    write_reports(run_folder(tmp_path, [event("0", "none", "inf")], epsilon="inf"))
+    machine = json.loads((tmp_path / "release" / "report.json").read_text())
+    assert machine["spent"]["epsilon"] is machine["budget_epsilon"] is machine["curve"][0]["epsilon"] is None
+    assert machine["spent"]["delta"] == DELTA
+    page = (tmp_path / "release" / "report.html").read_text()
+    assert "∞" in page
+    assert "<svg" not in page
+
+
+def test_a_release_folder_holds_nothing_of_the_evaluation(private_run):
+    """Errors, baselines and penalties are on the page of the run and nowhere in the folder that may be published."""
+    full = (private_run / "report.html").read_text()
+    numbers = ("0.7654", "0.8123", "0.0235", "0.9877", "1.2346")
+    assert EVALUATION_NOTICE in full
+    assert all(number in full for number in numbers)
+    for name in ("report.html", "report.json"):
+        public = (private_run / "release" / name).read_text()
+        assert EVALUATION_NOTICE not in public
+        assert not any(text in public for text in (*numbers, "0.765", "root mean squared", "valuation: do"))
+
+
+def test_without_results_there_is_no_evaluation(tmp_path):
+    """A run that was not evaluated has the public page in both places."""
+    page = write_reports(run_folder(tmp_path, [event()], results=None))
+    assert page == tmp_path / "report.html"
+    assert page.read_bytes() == (tmp_path / "release" / "report.html").read_bytes()
+
+
+def test_names_are_text_wherever_they_come_from(tmp_path):
+    """Markup in names of population, run, columns, baselines and refusal codes is shown, not interpreted."""
+    root = run_folder(tmp_path, [event()], run=HOSTILE, population=HOSTILE, names=(HOSTILE, "b"))
+    (root / "release" / "metrics.jsonl").write_text(
+        json.dumps({"round": 1, "invited": 2, "answered": 1, "refusals": {HOSTILE: 1}})
+    )
+    page = write_reports(root).read_text()
+    tags = Tags(page)
+    assert "script" not in tags.tags
+    # population in title, head and statement, run, column, refusal code, and a baseline in plot and table
+    assert "".join(tags.texts).count(HOSTILE) >= 8
+
+
+def test_pages_need_nothing_else(private_run):
+    """No page names another resource, and a policy in it forbids loading any."""
+    for page in (private_run / "report.html", private_run / "release" / "report.html"):
+        text = page.read_text()
+        assert re.findall(r"https?:|//|\bsrc=|@import|javascript:", text) == []
+        assert set(re.findall(r'href="(.)', text)) <= {"#", "d"}
+        assert re.findall(r"url\((?!#)", text) == []
+        assert "default-src 'none'" in text
+
+
+def test_pages_are_well_formed(private_run):
+    """Every tag is closed, no identifier is used twice, and every reference has a target."""
+    text = (private_run / "report.html").read_text()
+    tags = Tags(text)
+    assert tags.open == []
+    assert len(set(tags.ids)) == len(tags.ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(tags.ids)
+    assert tags.tags.count("svg") == 2
+    assert tags.tags.count("h1") == 1
+
+
+def test_colours_of_plots_are_the_page_s(private_run):
+    """No colour is fixed inside a drawing, so that it is readable on light and dark."""
+    text = (private_run / "report.html").read_text()
+    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert not any(re.search(r"#[0-9a-f]{6}\b", drawing) for drawing in drawings)
+    used = {name for drawing in drawings for name in re.findall(r"var\(--(\w+)\)", drawing)}
+    assert used <= set(re.findall(r"--(\w+):", text))
+    assert {"ink", "muted", "accent", "sans"} <= used
+
+
+def test_equal_runs_give_equal_bytes(private_run):
+    """Writing a report again changes nothing: it has no time of its own."""
+    report = report_of(private_run)
+    assert render(report, RESULTS) == render(report, RESULTS)
+    before = (private_run / "report.html").read_bytes()
+    write_reports(private_run)
+    assert (private_run / "report.html").read_bytes() == before
+
+
+def test_rounds_are_reported_as_charged(private_run):
+    """A round has the parameters of its ledger line, and the attendance of its line of metrics, if that is whole."""
+    first, second, third = report_of(private_run).rounds
+    assert (first.noise_multiplier, second.noise_multiplier) == ("10.000000", "8.000000")
+    assert (second.clipping_norm, second.shares) == ("2.500000", {"model": "0.8", "scalars": "0.6"})
+    assert (first.coordinates, first.grid_scale, first.denominator, first.noise) == (15, 65536, 40, "aes-256-ctr")
+    assert first.cap == int(100 * float(genesis()["mu_max"]) ** 2)
+    assert (first.attendance.invited, first.attendance.answered, first.attendance.refusals) == (2, 1, {"policy": 1})
+    assert second.attendance is third.attendance is None
+    page = (private_run / "release" / "report.html").read_text()
+    assert "1 of 2, policy 1" in page
+    assert "65,536" in page
+
+
+def test_charges_without_a_release_are_told_apart(tmp_path):
+    """A round is released, aborted with its code, or charged with nothing to show; all of them cost the same."""
+    bodies = [*lines([event(), event(), event()], released=[b"x"])]
+    bodies.append(("ABORT", {"reserve": 5, "code": "no_answer"}))
+    write_lines(tmp_path / "l", bodies)
+    report = report_of_ledger(tmp_path / "l")
+    outcomes = [facts.outcome for facts in report.rounds]
+    assert outcomes == ["released", "charged, aborted: no_answer", "charged, nothing released"]
+    assert report.spent.mu == pytest.approx(math.sqrt(3) / 10, rel=1e-9)
+
+
+def test_the_verdict_is_the_verifier_s(tmp_path):
+    """Verified against the owner's key, consistent without one, failed against another."""
+    write_lines(tmp_path / "l", lines([event()]))
+    for key, status, words in (
+        (OWNER, "verified", "against the owner's key"),
+        (None, "consistent, owner not verified", "owner not verified"),
+        (OTHER, "failed", "THE LEDGER DOES NOT VERIFY"),
+    ):
+        report = report_of_ledger(tmp_path / "l", public_key=key)
+        assert report.verification.status == status
+        assert words in render(report)
+        assert ("Nothing can be said" in report.statement) is (status == "failed")
+
+
+def test_a_changed_line_or_release_takes_the_statement_back(tmp_path):
+    """One changed byte in the ledger's copy, or in a released sum, and the report states no promise."""
+    root = run_folder(tmp_path, [event(), event()])
+    assert report_of(root).verification.releases_found == 2
+    ledger, release = root / "release" / "ledger.jsonl", root / "release" / "rounds" / "000000003.safetensors"
+    good = ledger.read_bytes()
+    ledger.write_bytes(good.replace(b'"invited_users":40', b'"invited_users":41', 1))
+    report = report_of(root)
+    assert "Nothing can be said" in report.statement
+    assert report.verification.line == 5
+    assert "THE LEDGER DOES NOT VERIFY" in render(report)
+    ledger.write_bytes(good)
+    release.write_bytes(b"other")
+    assert "SHA-256" in report_of(root).verification.reason
+    assert "Nothing can be said" in report_of(root).statement
+
+
+def test_what_is_not_a_ledger_has_no_report(tmp_path):
+    """A file that does not begin with a valid line, and a run without a release, are refused with a remedy."""
+    (tmp_path / "l").write_bytes(b"nothing\n")
+    with pytest.raises(VerificationError, match="nothing to report"):
+        report_of_ledger(tmp_path / "l")
+    with pytest.raises(UmbelError, match="Resume the run"):
+        report_of(tmp_path)
+
+
+def test_nothing_held_out_is_said(private_run):
+    """Results without a single error are a sentence, not an empty plot and table."""
+    nothing = {"overall": None, "by_examples": {"0-9": None}, "standard_error": None}
+    page = render(report_of(private_run), {"metric": "rmse", "error": nothing, "baselines": {}})
+    assert "No example was held out" in page
+    assert Tags(page).tags.count("svg") == 1
+
+
+def test_broken_results_are_named(tmp_path):
+    """A results file that umbel did not write is refused, not shown in part."""
+    root = run_folder(tmp_path, [event()])
+    (root / "evaluation" / "results.json").write_text("[]")
+    with pytest.raises(UmbelError, match=r"results\.json"):
+        write_reports(root)
+
+
+def test_a_ledger_without_rounds_has_spent_nothing(tmp_path):
+    """A new ledger is reported with epsilon 0 and says that nothing was released."""
+    write_lines(tmp_path / "l", lines([]))
+    report = report_of_ledger(tmp_path / "l")
+    assert report.spent.epsilon == report.delta_fp == 0
+    assert "Nothing has been released" in report.statement
+    assert "No round was charged yet." in render(report)
+
+
+def test_long_ledgers_are_shown_in_part(tmp_path):
+    """The page shows at most 200 of many rounds and says so; the machine-readable report has all."""
+    write_lines(tmp_path / "l", lines([event("100.000000")] * 300))
+    report = report_of_ledger(tmp_path / "l")
+    page = render(report)
+    assert "of 300 rounds" in page
+    assert Tags(page).tags.count("tr") < 230
+    write_report(report, html=tmp_path / "new" / "r.html", machine=tmp_path / "new" / "r.json")
+    machine = json.loads((tmp_path / "new" / "r.json").read_text())
+    assert len(machine["rounds"]) == 300
+    assert machine["curve"][-1]["number"] == 300
+    assert (tmp_path / "new" / "r.html").read_text() == page
+
+
+@given(st.integers(0, 10**6))
+def test_the_selection_of_rounds_is_short_and_has_both_ends(count):
+    """Never more than 200 rounds, in order, none twice, with the first and the last."""
+    shown = shown_rounds(count)
+    assert len(shown) <= 200
+    assert shown == sorted(set(shown))
+    assert shown == list(range(1, count + 1)) or (len(shown) > 150 and (shown[0], shown[-1]) == (1, count))
+
+
+@given(st.floats(1e-300, 1e300), st.integers(2, 6))
+def test_losses_are_never_printed_smaller(value, digits):
+    """What is printed is at least the number, and no further off than its digits allow."""
+    text = rounded_up(value, digits).translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))
+    found = (
+        re.fullmatch(r"(?:([0-9.]+)·)?10(-?[0-9]+)", text) if "·" in text or re.match(r"10-|10[0-9]*$", text) else None
+    )
+    printed = Decimal(found[1] or 1).scaleb(int(found[2])) if found and abs(math.log10(value)) > 3 else Decimal(text)
+    exact = Decimal(repr(value))
+    assert exact <= printed <= exact * (1 + Decimal(10) ** (1 - digits))
+
+
+def test_numbers_are_printed_as_people_write_them():
+    """Trailing digits are kept, powers of ten are written as such, infinity has its sign."""
+    values = (0, 0.99999, 2.0, 12.5951, 1e-6, 3e-6, 4.93e-31, 1234567.0, math.inf)
+    expected = ["0", "1.000", "2.000", "12.60", "10⁻⁶", "3·10⁻⁶", "4.93·10⁻³¹", "1.235·10⁶", "∞"]
+    assert [rounded_up(value) for value in values] == expected
+
+
+def test_every_field_reaches_the_machine(private_run):
+    """`report.json` is the record and its statement, as valid JSON."""
+    report = report_of(private_run)
+    machine = json.loads((private_run / "release" / "report.json").read_text())
+    names = {field.name for field in dataclasses.fields(PrivacyReport)}
+    assert machine.keys() == names | {"format", "statement"}
+    assert machine["statement"] == report.statement
+    assert machine["spent"] == dataclasses.asdict(report.spent)
+    assert machine["verification"]["head"] == report.model.ledger_head
+    assert {"python", "numpy", "flwr", "cryptography", "dp-accounting", "umbel"} <= machine["versions"].keys()
+
+
+def test_facts_are_collected_without_drawing_or_flower():
+    """Collecting a report needs neither Flower nor what draws the page, and the page's module loads them late."""
+    code = (
+        "import sys, privacy.report_page; print({'flwr', 'jinja2', 'matplotlib', 'dp_accounting'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"

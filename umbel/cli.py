@@ -1,0 +1,388 @@
+"""The command line: options in, one line for every error, a documented exit code out.
+
+What a subcommand needs is imported when it runs, so that `umbel --help` is at once there.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import click
+import typer
+
+from common.errors import BudgetExhausted, UmbelError
+
+_EXIT_CODES = """\b
+Exit codes:
+  0    fine; an audit: verified
+  1    a defect of umbel
+  2    bad input: an option, a configuration, data, a file
+  3    privacy budget exhausted, or a plan that does not fit it
+  4    verification failed
+  5    an audit without --public-key: consistent, owner not verified
+  6    a node or the server refused
+  7    a disk failed; nothing was released
+  130  interrupted; a simulation can be resumed
+
+Add --debug (or set UMBEL_DEBUG=1) to see where an error came from."""
+
+_BEFORE_IMPORTS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""Threads of ours work on shards of users; those of BLAS would fight with them."""
+_QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+_EXTRAS = {"pyarrow": "parquet", "ray": "ray", "torch": "audit", "opacus": "audit"}
+_OPTIONAL = frozenset(_EXTRAS) | {"scipy", "dp_accounting", "mpmath", "jinja2", "matplotlib"}
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_DEFECT, _BAD_INPUT, _DISK_FAILED, _INTERRUPTED = 1, 2, 7, 130
+
+
+class Format(StrEnum):
+    """How results are written on stdout."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class RunInterruptedError(UmbelError):
+    """Ctrl-C; the message says how to go on."""
+
+    exit_code: ClassVar[int] = _INTERRUPTED
+
+
+app = typer.Typer(
+    help="Learn what users share under user-level differential privacy; keep what differs on their devices.",
+    epilog=_EXIT_CODES,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+ledger_app = typer.Typer(help="Look into a privacy ledger.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(ledger_app, name="ledger")
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", show_default=False, help="For people (default), or one JSON object.")
+]
+
+
+def main() -> None:
+    """The command `umbel`."""
+    code = run(sys.argv[1:])
+    if code == _INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; errors become one line on stderr."""
+    for name, value in _BEFORE_IMPORTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.update(_QUIET)
+    debug = "--debug" in arguments or os.environ.get("UMBEL_DEBUG", "") not in ("", "0")
+    rest = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = int(typer.main.get_command(app).main(rest, prog_name="umbel", standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        return _DEFECT
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, message = _explained(error)
+        _complain(message)
+        return code
+    if code == _INTERRUPTED:
+        _complain("interrupted; nothing was charged.")
+    return code
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an exception; the text of one we did not foresee could hold data, and stays out."""
+    match error:
+        case RunInterruptedError():
+            return error.exit_code, str(error)
+        case UmbelError():
+            return error.exit_code, f"error: {error}"
+        case click.ClickException():
+            return _BAD_INPUT, f"error: {error.format_message()}"
+        case ModuleNotFoundError() if (package := str(error.name).partition(".")[0]) in _OPTIONAL:
+            extras = ",".join(dict.fromkeys(["simulate", _EXTRAS.get(package, "simulate")]))
+            return _BAD_INPUT, f'error: Expected the package {package}, found none. Run: pip install "umbel[{extras}]"'
+        case OSError() if error.filename is not None:
+            code = _DISK_FAILED if error.errno in _DISK_TROUBLE else _BAD_INPUT
+            return code, f"error: Expected to use {error.filename}, got {error.strerror}."
+        case _:
+            return _DEFECT, f"error: {type(error).__name__}: this is a defect; run with --debug to see where."
+
+
+def _complain(message: str) -> None:
+    print("umbel:", " ".join(message.split()), file=sys.stderr)  # noqa: T201 (the command line's voice)
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))  # noqa: T201
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"umbel {_version()}")  # noqa: T201
+        raise typer.Exit
+
+
+def _version() -> str:
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("umbel")
+    except PackageNotFoundError:  # a checkout that is not installed
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        return str(tomllib.loads(project.read_text("utf-8"))["project"]["version"])
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    """Options before a command; `run` has already seen to --debug."""
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  umbel simulate
+  umbel simulate --data ml-1m --epsilon 2 --rounds 20 --ledger ml-1m.jsonl --out runs/first
+  umbel simulate --resume runs/first"""
+)
+def simulate(
+    *,
+    data: Annotated[str | None, typer.Option(help='File or folder, or "synthetic".')] = None,
+    data_format: Annotated[
+        str | None, typer.Option(help="auto, movielens-1m, movielens-100k, ratings, table or synthetic.")
+    ] = None,
+    target_range: Annotated[str | None, typer.Option(help='Declared range of the target, as in "1,5".')] = None,
+    catalogue: Annotated[str | None, typer.Option(help="Public list of item ids.")] = None,
+    item_features: Annotated[str | None, typer.Option(help="CSV of public item features.")] = None,
+    on_bad_rows: Annotated[str | None, typer.Option(help="error or skip.")] = None,
+    split_seed: Annotated[int | None, typer.Option(help="Which held-out split; harmless.")] = None,
+    family: Annotated[str | None, typer.Option(help="Loss: squared or logistic.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Columns of U.")] = None,
+    sparsity: Annotated[int | None, typer.Option(help="Cap on the nonzeros of a user's own part.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="How many releases.")] = None,
+    engine: Annotated[str | None, typer.Option(help="in-process or flower.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Into how many nodes the users are split.")] = None,
+    epsilon: Annotated[str | None, typer.Option(help="Budget of the ledger, or none: NOT PRIVATE.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Of the budget; by default min(1e-6, 1/(10 users)).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fix the privacy noise, for tests: NOT PRIVATE.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="The population's ledger; by default one in the run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New run folder; by default runs/<time>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder, as it was started.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; options override it.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, as in data.synthetic.users=60.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and stop.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", show_default=False, help="Compare or not.")
+    ] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; warnings and results stay.")] = False,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Train on this machine; compare with baselines."""
+    from umbel.options import configuration
+
+    if dry_run and resume is not None:
+        raise UmbelError("Expected --dry-run for a new run, got --resume too: its noise is fixed. Leave one out.")
+    loaded = configuration(
+        {
+            "data.source": data,
+            "data.format": data_format,
+            "data.target_range": target_range,
+            "data.catalogue": catalogue,
+            "data.item_features": item_features,
+            "data.on_bad_rows": on_bad_rows,
+            "data.split_seed": split_seed,
+            "model.family": family,
+            "model.rank": rank,
+            "model.sparsity": sparsity,
+            "training.rounds": rounds,
+            "training.engine": engine,
+            "training.nodes": nodes,
+            "privacy.epsilon": epsilon,
+            "privacy.delta": delta,
+            "privacy.seed": seed,
+            "run.ledger": ledger,
+            "run.out": out,
+        },
+        pairs=set_ or (),
+        file=config,
+        resume=resume,
+    )
+    if dry_run:
+        from umbel.plan import forecast_of
+
+        _show_plan(forecast_of(loaded), output)
+    else:
+        _simulate(loaded, baselines=baselines, quiet=quiet, output=output)
+
+
+def _simulate(config: Any, *, baselines: bool, quiet: bool, output: Format) -> None:
+    from umbel import console
+    from umbel.options import with_folder
+
+    try:
+        with console.watching(quiet=quiet) as watcher, contextlib.redirect_stdout(sys.stderr):
+            watcher.step("starting")
+            from umbel.simulate import default_folder, simulate
+
+            logging.getLogger("flwr").setLevel(logging.WARNING)
+            config = with_folder(config, default_folder)
+            results = simulate(config, progress=watcher, with_baselines=baselines)
+    except KeyboardInterrupt:
+        raise RunInterruptedError(_way_back(config.run.out)) from None
+    if output is Format.JSON:
+        _print_json(results)
+    else:
+        console.show_results(results)
+
+
+def _way_back(out: str | None) -> str:
+    if out is None or not (Path(out) / "config.toml").exists():
+        return "interrupted before the first round; nothing was charged. Start it again."
+    return f"interrupted; nothing is lost. Go on with: umbel simulate --resume {out}"
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  umbel plan --epsilon 1 --delta 1e-6 --rounds 10
+  umbel plan --noise-multiplier 4 --rounds 50
+  umbel plan --epsilon 1 --rounds 10 --ledger ml-1m.jsonl"""
+)
+def plan(
+    *,
+    rounds: Annotated[
+        int, typer.Option(show_default=False, help="Releases a user contributes to, by default 10.")
+    ] = 10,
+    epsilon: Annotated[float | None, typer.Option(help="Find the least noise within this budget.")] = None,
+    noise_multiplier: Annotated[str | None, typer.Option(help="Or say what this noise costs.")] = None,
+    delta: Annotated[float | None, typer.Option(help="By default 1e-6, or less for more than 100,000 users.")] = None,
+    max_nodes_per_user: Annotated[int | None, typer.Option(min=1, help="On how many nodes one user may be.")] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="How many users there are.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Also say what this ledger has left.")] = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Say what a run would cost, before any data is touched."""
+    if (epsilon is None) == (noise_multiplier is None):
+        raise UmbelError("Expected one of --epsilon and --noise-multiplier, got both or none.")
+    from umbel.plan import forecast
+
+    document = forecast(
+        epsilon=epsilon,
+        noise_multiplier=noise_multiplier,
+        delta=delta,
+        rounds=rounds,
+        max_nodes_per_user=max_nodes_per_user,
+        users=users,
+        ledger_path=ledger,
+    )
+    _show_plan(document, output)
+
+
+def _show_plan(plan: Mapping[str, Any], output: Format) -> None:
+    """Print a plan; one that its ledger has no room for ends with that error."""
+    if output is Format.JSON:
+        _print_json(plan)
+    else:
+        from umbel.console import show_plan
+
+        show_plan(plan)
+    ledger = plan["ledger"]
+    if ledger is not None and not ledger["fits"]:
+        raise BudgetExhausted(
+            f"Expected a budget for {plan['rounds']} rounds, got one with room for {ledger['affordable_rounds']} "
+            f"in {ledger['path']}. Lower --epsilon or --rounds."
+        )
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  umbel audit runs/first
+  umbel audit runs/first --public-key owner.pem --anchor 41:9f3c...
+  umbel audit ml-1m.jsonl --delta 1e-9 --format json
+Exit codes: 0 verified; 5 consistent, owner not verified (no --public-key);
+  4 verification failed; 3 authentic, but over budget; 2 cannot be read."""
+)
+def audit(
+    *,
+    target: Annotated[Path, typer.Argument(help="A run folder, or a ledger.", metavar="RUN|LEDGER")],
+    public_key: Annotated[str | None, typer.Option(metavar="HEX|FILE", help="The owner's key.")] = None,
+    anchor: Annotated[str | None, typer.Option(metavar="SEQUENCE:HEAD", help="A head that was seen before.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Recompute epsilon for this delta.")] = None,
+    all_signatures: Annotated[bool, typer.Option("--all-signatures", help="Check every line's signature.")] = False,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Verify a ledger and recompute what was spent."""
+    from umbel import auditing
+
+    document = auditing.audit(
+        auditing.find_target(target),
+        public_key=None if public_key is None else auditing.read_public_key(public_key),
+        anchor=anchor,
+        delta=delta,
+        all_signatures=all_signatures,
+    )
+    if output is Format.JSON:
+        _print_json(document)
+    else:
+        from umbel.console import show_audit
+
+        show_audit(document)
+    raise typer.Exit(document["exit_code"])
+
+
+@ledger_app.command("show", epilog="Example: umbel ledger show runs/first --format json")
+def ledger_show(
+    path: Annotated[Path, typer.Argument(help="A ledger, or a run folder.")],
+    run: Annotated[str | None, typer.Option("--run", help="Only the rounds of this run.")] = None,
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Show budget, spending and every charged round."""
+    from umbel.auditing import ledger_contents
+
+    contents = ledger_contents(path, run)
+    if output is Format.JSON:
+        _print_json(contents)
+    else:
+        from umbel.console import show_ledger
+
+        show_ledger(contents)
+
+
+@ledger_app.command("head", epilog="Example: umbel ledger head ml-1m.jsonl > remembered-head.txt")
+def ledger_head(
+    path: Annotated[Path, typer.Argument(help="A ledger, or a run folder.")],
+    output: FormatOption = Format.TEXT,
+) -> None:
+    """Print the head, to remember for `umbel audit --anchor`."""
+    from umbel.auditing import ledger_contents
+
+    head = ledger_contents(path)["head"]
+    if output is Format.JSON:
+        sequence, _, digest = head.partition(":")
+        _print_json({"sequence": int(sequence), "head": digest})
+    else:
+        print(head)  # noqa: T201
