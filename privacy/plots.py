@@ -40,6 +40,8 @@ _SETTINGS: Any = {
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _FONT = "font-family: 'DejaVu Sans', sans-serif"
 _MOST_MARKERS = 60
+_MOST_RUNS = 8
+_LONGEST_NAME = 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ def epsilon_plot(
     Args:
         points: Number of the round in its ledger, and epsilon after it; finite.
         budget: Epsilon that may be spent; inf draws no line.
-        run_starts: Runs by the number of their first round.
+        run_starts: Runs by the number of their first round; marked if there are several, but not many.
         description: For whoever does not see the plot.
     """
     import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
@@ -88,10 +90,11 @@ def epsilon_plot(
             top = max(top, budget)
             axes.axhline(budget, color=_WARN, linewidth=1.2, linestyle=(0, (5, 3)))
             axes.annotate("budget", (0, budget), (4, -4), textcoords="offset points", va="top", color=_WARN)
-        if len(run_starts) > 1:
+        if 1 < len(run_starts) <= _MOST_RUNS:
             for start, run in run_starts.items():
+                name = run if len(run) <= _LONGEST_NAME else f"{run[: _LONGEST_NAME - 1]}…"
                 axes.axvline(start - 0.5, color=_RULE, linewidth=0.8, zorder=1)
-                axes.annotate(run[:14], (start - 0.5, 0), (4, 4), textcoords="offset points", color=_MUTED, size=8)
+                axes.annotate(name, (start - 0.5, 0), (4, 4), textcoords="offset points", color=_MUTED, size=8)
         axes.set_xlim(0, max(numbers) or 1)
         axes.set_ylim(0, (top or 1) * 1.06)
         axes.xaxis.get_major_locator().set_params(integer=True)

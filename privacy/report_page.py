@@ -158,7 +158,8 @@ def _columns(report: PrivacyReport, shown: Sequence[RoundFacts]) -> Iterator[Col
     yield column("sampling", "of users; none means that everybody takes part", lambda r: r.sampling, is_number=False)
     yield column("noise", "what its randomness comes from", lambda r: r.noise, is_number=False)
     yield column("users invited", "users on the invited nodes", lambda r: f"{r.invited_users:,}")
-    yield column("nodes answered", "of those invited", _attendance, is_setting=False)
+    if any(facts.attendance for facts in shown):
+        yield column("nodes answered", "of those invited", _attendance, is_setting=False)
     if any(facts.initialization for facts in shown):
         yield column("initialization", "makes the first model", lambda r: "yes" if r.initialization else "no")
     yield column("outcome", "what became of the charge", lambda r: r.outcome, is_number=False, is_setting=False)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from privacy.gaussian import epsilon_of_mu
-from umbel.promise import NOTHING_PROMISED, promise, rounded_up
+from umbel.promise import NOTHING_PROMISED, promise, rounded_down, rounded_up
 
 _ROUNDS_LOG = "umbel.rounds"
 _MOST_LINES = 20
@@ -22,7 +23,7 @@ _BAR_WIDTH = 40
 _BASELINES = {
     "global": "one global model",
     "alone": "each user alone",
-    "ridge_around_global": "ridge around the global model",
+    "ridge_around_global": "ridge around global",
     "low_rank": "low rank only",
     "non_private": "without privacy",
 }
@@ -105,7 +106,7 @@ def round_details(numbers: Mapping[str, Any]) -> str:
     spent, budget = numbers["epsilon_spent"], numbers["epsilon_budget"]
     if spent is None or budget is None:
         return f"{answered}, NOT PRIVATE"
-    return f"{answered}, epsilon {rounded_up(spent)} spent, {max(0.0, budget - spent):.4f} left"
+    return f"{answered}, epsilon {rounded_up(spent)} spent, {rounded_down(budget - spent)} left"
 
 
 @contextmanager
@@ -267,19 +268,22 @@ def _round_cells(entry: Mapping[str, Any], delta: float) -> list[str]:
 
 def _error_table(results: Mapping[str, Any]) -> Table:
     """Rows are models, columns groups of users that have held-out examples; the best of each column is bold."""
-    ours, baselines = results["error"], results["baselines"]
+    ours, baselines, private = results["error"], results["baselines"], not results["privacy"]["not_private"]
     groups = [name for name, error in ours["by_examples"].items() if error is not None]
+    caption = "Columns: users by their training examples. * best"
     table = Table(
         f"held-out {results['metric']}",
         "all users",
-        *(f"{name} examples" for name in groups),
-        caption="* best" if results["privacy"]["not_private"] else "* best of those that keep the promise",
+        *groups,
+        box=box.SIMPLE_HEAD,
+        caption=f"{caption} that keeps the promise." if private else f"{caption}.",
         caption_justify="left",
     )
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     rows = {"umbel (this run)": ours} | {_BASELINES.get(k, k): v for k, v in baselines.items()}
-    reference = None if results["privacy"]["not_private"] else _BASELINES[_REFERENCE]
+    reference = _BASELINES[_REFERENCE] if private else None
     best = [
         min(
             (v for name, row in rows.items() if name != reference and (v := _cell(row, group)) is not None),
@@ -290,9 +294,8 @@ def _error_table(results: Mapping[str, Any]) -> Table:
     for name, row in rows.items():
         cells = [_error_cell(_cell(row, group), least) for group, least in zip((None, *groups), best, strict=True)]
         if row is ours and ours.get("standard_error") is not None:
-            cells[0].append(f" ± {ours['standard_error']:.3f}")
-        label = f"{name} (reference)" if name == reference else name
-        table.add_row(Text(label, style="cyan" if row is ours else "dim" if name == reference else ""), *cells)
+            cells[0].append(f" ±{ours['standard_error']:.3f}", style="not bold")
+        table.add_row(Text(name, style="cyan" if row is ours else "dim" if name == reference else ""), *cells)
     return table
 
 
@@ -319,7 +322,7 @@ def _plan_rows(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         return
     yield "ledger", f"{ledger['path']} of {ledger['population']}"
     yield "spent there", f"epsilon {rounded_up(ledger['epsilon_spent'])} at delta {ledger['delta']:g}"
-    left = "no limit" if ledger["epsilon_left"] is None else f"epsilon {ledger['epsilon_left']:.4f}"
+    left = "no limit" if ledger["epsilon_left"] is None else f"epsilon {rounded_down(ledger['epsilon_left'])}"
     yield "left there", left if ledger["affordable_rounds"] is None else f"{left}, {ledger['affordable_rounds']} rounds"
     yield "this run", "fits" if ledger["fits"] else "DOES NOT FIT"
 

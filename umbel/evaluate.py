@@ -1,7 +1,6 @@
 """Errors on held-out examples: computed from raw data, for the person who runs a simulation, never published."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,13 +92,17 @@ def held_out_error(theta: Array, test: Population, train: Population, family: Fa
     )
 
 
-def paired_difference(ours: HeldOut, theirs: HeldOut) -> Mapping[str, float]:
+def paired_difference(ours: HeldOut, theirs: HeldOut) -> dict[str, float | None]:
     """`ours - theirs` in the overall error, with its standard error over users: both saw the same split."""
     total = float(ours.count.sum())
-    means = [float(h.loss.sum()) / total for h in (ours, theirs)]
-    parts = []
-    for held_out, mean in zip((ours, theirs), means, strict=True):
-        slope = 1 / (2 * math.sqrt(mean)) if held_out.metric == "rmse" else 1.0
-        parts.append(slope * (held_out.loss - mean * held_out.count) / total)
-    first, second = (math.sqrt(mean) if ours.metric == "rmse" else mean for mean in means)
-    return {"difference": first - second, "standard_error": math.sqrt(float(((parts[0] - parts[1]) ** 2).sum()))}
+    if not total:
+        return {"difference": None, "standard_error": None}
+    errors, influence = [], []
+    for held_out in (ours, theirs):
+        mean = float(held_out.loss.sum()) / total
+        error = math.sqrt(mean) if held_out.metric == "rmse" else mean
+        slope = 1 / (2 * error) if held_out.metric == "rmse" and error > 0 else 1.0
+        errors.append(error)
+        influence.append(slope * (held_out.loss - mean * held_out.count) / total)
+    spread = math.sqrt(float(((influence[0] - influence[1]) ** 2).sum()))
+    return {"difference": errors[0] - errors[1], "standard_error": spread}

@@ -14,6 +14,11 @@ def rounded_up(value: float | None) -> str:
     return f"{float(_FOUR_DIGITS_UP.create_decimal(repr(value))):.4g}"
 
 
+def rounded_down(value: float) -> str:
+    """What is left of a budget to four decimals, never more than it is."""
+    return f"{max(0, math.floor(value * 1e4)) / 1e4:.4f}"
+
+
 def promise(
     epsilon: float | None,
     delta: float,

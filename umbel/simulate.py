@@ -28,6 +28,7 @@ from server.checkpoint import load_model, save_schema
 from server.registry import Registry, registry_of
 from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
 from server.training import ROUNDS_LOG, contribution_layout
+from umbel.evaluate import paired_difference
 from umbel.results import baseline_section, error_section, evaluate, peak_memory_bytes
 
 _DEFAULT_DELTA = 1e-6
@@ -299,6 +300,7 @@ def evaluated(
         "metric": ours.metric,
         "error": error_section(ours),
         "baselines": baseline_section(found),
+        "paired": {name: paired_difference(ours, held_out) for name, held_out in found.items()},
         "penalties": penalties,
         "privacy": privacy_section(config, schema),
         "users": population,

@@ -33,8 +33,8 @@ onload = () => {{
         .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
       return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     }};
-    const both = [frame.contentWindow.getComputedStyle(element).color, style.backgroundColor].map(light).sort((a, b) => a - b);
-    return (both[1] + 0.05) / (both[0] + 0.05);
+    const both = [frame.contentWindow.getComputedStyle(element).color, style.backgroundColor].map(light);
+    return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
   }};
   const text = [...page.querySelectorAll("p, li, td, th, dt, dd, h1, h2, h3, a, figcaption, caption")];
   document.querySelector("#found").textContent = JSON.stringify({{

@@ -52,7 +52,7 @@ HEADERS = st.dictionaries(
     st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.floats(allow_nan=False, allow_infinity=False), st.lists(st.integers(), max_size=3)), max_size=3
 )
 ARRAYS = st.sampled_from([np.float64, np.int64, np.uint8]).flatmap(
-    lambda dtype: npst.arrays(dtype, npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3))
+    lambda dtype: npst.arrays(dtype, npst.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=3))
 )
 
 

@@ -38,7 +38,7 @@ RESULTS = {
     "error": {"overall": 0.7654321, "by_examples": {"0-9": None, "10-29": 0.8123456}, "standard_error": 0.0234567},
     "baselines": {
         "global": {"overall": 0.9876543, "by_examples": {"0-9": None, "10-29": 1.2345678}},
-        HOSTILE: {"overall": math.nan, "by_examples": {"0-9": None, "10-29": 1.1}},
+        HOSTILE: {"overall": 1.1, "by_examples": {"0-9": None, "10-29": math.nan}},
     },
     "penalties": {"alone": 3.0},
 }
@@ -118,19 +118,20 @@ def run_folder(root, events, *, run="r", names=("a", "b"), results=RESULTS, **ab
 
 
 class Tags(HTMLParser):
-    """Open tags, identifiers and texts of a page."""
+    """Tags, identifiers, labels and texts of a page."""
 
     void = frozenset({"meta", "link", "br"})
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.ids, self.tags, self.texts, self.cells = [], [], [], [], 0
+        self.open, self.ids, self.tags, self.texts, self.labels = [], [], [], [], []
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.ids += [value for name, value in attributes if name == "id"]
+        self.labels += [value for name, value in attributes if name == "aria-label"]
         if tag not in self.void:
             self.open.append(tag)
 
@@ -252,6 +253,7 @@ def test_names_are_text_wherever_they_come_from(tmp_path):
     assert "script" not in tags.tags
     # population in title, head and statement, run, column, refusal code, and a baseline in plot and table
     assert "".join(tags.texts).count(HOSTILE) >= 8
+    assert sum(HOSTILE in label for label in tags.labels) == 1
 
 
 def test_pages_need_nothing_else(private_run):

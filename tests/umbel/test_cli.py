@@ -1,5 +1,6 @@
 """The command line: what it prints where, and with which exit code it ends."""
 
+import io
 import json
 import os
 import re
@@ -13,14 +14,16 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from typer.testing import CliRunner
 
 from privacy.keys import create_key, load_key, public_key_hex
 from privacy.ledger import PrivacyLedger
 from privacy.lines import parse_line, signed_line
-from umbel import cli
+from umbel import cli, console
 from umbel.plan import points
-from umbel.promise import rounded_up
+from umbel.promise import rounded_down, rounded_up
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
@@ -127,11 +130,23 @@ def test_simulate_prints_one_json_object(umbel: Command, tmp_path: Path) -> None
     assert "umbel: training\n" in ended.err
 
 
+def test_what_others_print_stays_off_stdout(umbel: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that prints while a simulation runs does not spoil the JSON."""
+
+    def noisy(*_: object, **__: object) -> dict[str, int]:
+        print("hello")  # noqa: T201
+        return {"a": 1}
+
+    monkeypatch.setattr("umbel.simulate.simulate", noisy)
+    ended = umbel("simulate", "--quiet", "--out", "absent", "--format", "json")
+    assert (json.loads(ended.out), ended.err) == ({"a": 1}, "hello\n")
+
+
 def test_simulate_ends_with_a_table_and_a_promise(umbel: Command, tmp_path: Path) -> None:
     """People get errors against baselines, epsilon, the promise, and where it all is."""
     ended = umbel("simulate", *SMALL, "--out", tmp_path / "run")
     assert ended.err == ""
-    for part in ("umbel (this run)", "each user alone", "0-9 examples", "Each user is promised", str(tmp_path / "run")):
+    for part in ("umbel (this run)", "each user alone", "0-9  ", "Each user is promised", str(tmp_path / "run")):
         assert part in ended.out
     assert ended.out.count("*") >= 2  # the best of a column
     assert "NOT PRIVATE" not in ended.out
@@ -354,8 +369,63 @@ def test_curve_points() -> None:
     assert points(100_000, 500)[-1] == 100_000
 
 
+def test_the_best_that_keeps_the_promise_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    """The best private error of each column is marked, and the non-private one where nothing is private."""
+    rows = {"ours": 1.5, "alone": 1.0, "non_private": 0.5}
+    errors = {name: {"overall": error, "by_examples": {"0-9": error, "100+": None}} for name, error in rows.items()}
+    results = {
+        "metric": "rmse",
+        "error": errors.pop("ours") | {"standard_error": 0.01},
+        "baselines": errors,
+        "users": 3,
+        "users_per_second": None,
+        "peak_memory_bytes": 2**20,
+        "report": "absent",
+        "run": "here",
+    }
+    privacy = {"epsilon": 1.0, "delta": 1e-6, "replace_one_epsilon": 2.0, "rounds": 2, "noise_multiplier": 9.0}
+    console.show_results({**results, "privacy": {**privacy, "not_private": False}})
+    private = capsys.readouterr().out
+    console.show_results({**results, "privacy": {**privacy, "not_private": True}})
+    plain = capsys.readouterr().out
+    assert (private.count("1.0000*"), private.count("0.5000*"), private.count("1.5000*")) == (2, 0, 0)
+    assert (plain.count("1.0000*"), plain.count("0.5000*")) == (0, 2)
+    assert "100+" not in private
+    assert "report" not in private
+
+
+def test_the_bar_shows_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal, rounds move one bar that says who answered and what is left."""
+    numbers = {"round": 3, "rounds": 9, "answered": 1, "invited": 2, "epsilon_spent": 0.50001, "epsilon_budget": 1.0}
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    columns = (TextColumn("{task.description}|{task.fields[details]}"), BarColumn())
+    with Progress(*columns, console=terminal, auto_refresh=False) as progress:
+        bar = console.Bar(progress)
+        bar.step("reading data")
+        bar.step("training")
+        bar.round(numbers)
+        bar.warn("look [here]")
+        assert [(task.completed, task.total) for task in progress.tasks] == [(3, 9)]
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "round 3/9|answered 1/2, epsilon 0.5001 spent, 0.4999 left" in shown
+    assert "umbel: warning: look [here]" in shown
+    assert console.round_details({**numbers, "epsilon_spent": None}) == "answered 1/2, NOT PRIVATE"
+
+
+def test_a_long_run_is_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a log, a thousand rounds are some twenty lines, the last among them."""
+    numbers = {"rounds": 1000, "answered": 1, "invited": 2, "epsilon_spent": 0.5, "epsilon_budget": 1.0}
+    lines = console.Lines()
+    for number in range(1, 1001):
+        lines.round({**numbers, "round": number})
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 20
+    assert said[-1].startswith("umbel: round 1000/1000")
+
+
 def test_losses_are_rounded_up() -> None:
-    """What is printed is never less than what was spent."""
+    """What is printed is never less than what was spent, nor more than what is left."""
+    assert [rounded_down(x) for x in (0.49999, 0.1, -1e-9)] == ["0.4999", "0.1000", "0.0000"]
     assert [rounded_up(x) for x in (0.99991, 1.0001, 0.5, 1e-9, None)] == ["1", "1.001", "0.5", "1e-09", "inf"]
 
 
@@ -512,7 +582,7 @@ def test_resume_of_a_finished_run_charges_nothing(umbel: Command, copied: Path, 
 @pytest.mark.faults
 def test_an_interrupted_run_is_resumed(tmp_path: Path, umbel: Command) -> None:
     """Ctrl-C ends with 130 and says how to go on; the resumed run has every round once, within the budget."""
-    rounds, out = 300, tmp_path / "run"
+    rounds, out = 120, tmp_path / "run"
     words = [sys.executable, "-m", "umbel", "simulate", *SMALL[:-1], "--rounds", str(rounds), "--out", str(out)]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None

@@ -1,0 +1,146 @@
+"""Checkpoints: what is read is, bit for bit, what was written."""
+
+import os
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.data import DataSchema
+from common.errors import StorageError, UmbelError
+from common.model import SharedModel
+from server.checkpoint import load_model, load_schema, load_state, save_model, save_schema, save_state
+from server.initialization import regularized_moment
+from server.rounds import ServerState, apply_round, initial_state, public_metric
+from server.training import contribution_layout
+
+
+def random_state(seed, d=4, r=2):
+    rng = np.random.default_rng(seed)
+    model = SharedModel(
+        beta=rng.standard_normal(d),
+        U=rng.standard_normal((d, r)),
+        b_variance=float(rng.exponential()),
+        noise_variance=float(rng.exponential()),
+    )
+    return replace(
+        initial_state(model, regularized_moment(np.eye(d)), None),
+        server_round=7,
+        velocity=rng.standard_normal((d, r + 1)),
+        elapsed=float(rng.exponential()),
+        reliability_sum=float(rng.exponential()),
+        effective_examples=float(rng.exponential()),
+        clipping_norm=float(rng.exponential()),
+    )
+
+
+def assert_same(a: ServerState, b: ServerState) -> None:
+    for field in fields(a):
+        ours, theirs = getattr(a, field.name), getattr(b, field.name)
+        if field.name == "model":
+            for part in fields(ours):
+                assert np.array_equal(getattr(ours, part.name), getattr(theirs, part.name)), part.name
+        else:
+            assert np.array_equal(ours, theirs), field.name
+            assert np.asarray(ours).dtype == np.asarray(theirs).dtype, field.name
+
+
+@given(seed=st.integers(0, 2**32), d=st.integers(1, 5), r=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_a_state_comes_back_bit_for_bit(tmp_path_factory, seed, d, r):
+    """Every float of a state survives the disk, and so does the sequence number."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    state = random_state(seed, d, min(r, d))
+    save_state(folder, state, 12)
+    found = load_state(folder)
+    assert found is not None
+    assert_same(state, found[0])
+    assert found[1] == 12
+
+
+def test_a_resumed_run_takes_the_same_step(tmp_path):
+    """From disk or from memory, also where memory is in Fortran order, the next state is the same bits."""
+    layout = contribution_layout(9, 4, private=True)
+    rng = np.random.default_rng(0)
+    state = random_state(1, 9, 4)
+    for sequence in range(3):
+        save_state(tmp_path, state, sequence)
+        found = load_state(tmp_path)
+        assert found is not None
+        noised = rng.integers(-(2**20), 2**20, layout.size)
+        options = {
+            "layout": layout, "clipping_norm": state.clipping_norm, "noise_multiplier": 2.0, "denominator": 100,
+            "adapt_clipping": True, "family": "squared", "sparsity": 2,
+        }  # fmt: skip
+        assert np.array_equal(public_metric(state, "squared"), public_metric(found[0], "squared"))
+        next_state = apply_round(state, noised, **options)
+        assert_same(next_state, apply_round(found[0], noised, **options))
+        state = next_state
+
+
+def test_the_newest_counts_and_two_are_kept(tmp_path):
+    """Sequence numbers order checkpoints; the last two stay, for the one being written."""
+    for sequence in (3, 5, 12, 100):
+        save_state(tmp_path, random_state(sequence), sequence)
+    found = load_state(tmp_path)
+    assert found is not None
+    assert found[1] == 100
+    assert_same(found[0], random_state(100))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    """A new run, or a folder that is not there yet."""
+    assert load_state(tmp_path) is None
+    assert load_state(tmp_path / "missing") is None
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint that cannot be written leaves the one before."""
+    save_state(tmp_path, random_state(1), 1)
+
+    def fails(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(StorageError):
+        save_state(tmp_path, random_state(2), 2)
+    monkeypatch.undo()
+    found = load_state(tmp_path)
+    assert found is not None
+    assert found[1] == 1
+
+
+def test_a_torn_checkpoint_is_refused(tmp_path):
+    """Half a file is not a state."""
+    save_state(tmp_path, random_state(1), 1)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UmbelError, match="Restore or remove"):
+        load_state(tmp_path)
+
+
+def test_a_model_comes_back(tmp_path):
+    """With the public facts that were written beside it."""
+    model = random_state(3).model
+    save_model(tmp_path / "model", model, {"run": "r", "sparsity": 2, "feature_names": ["a", "ü"]})
+    found, facts = load_model(tmp_path / "model")
+    assert np.array_equal(found.U, model.U)
+    assert np.array_equal(found.beta, model.beta)
+    assert (found.b_variance, found.noise_variance) == (model.b_variance, model.noise_variance)
+    assert facts == {"run": "r", "sparsity": 2, "feature_names": ["a", "ü"]}
+
+
+def test_a_schema_comes_back(tmp_path):
+    """Every field, as its own type."""
+    schema = DataSchema(
+        feature_names=("a", "b"), feature_second_moment=np.array([[1.0, 0.1], [0.1, 2.0]]),
+        target_range=(-1.0, 1 / 3), target_offset=3.5, feature_bound=4.0,
+    )  # fmt: skip
+    save_schema(tmp_path / "schema", schema)
+    found = load_schema(tmp_path / "schema")
+    assert np.array_equal(found.feature_second_moment, schema.feature_second_moment)
+    for name in ("feature_names", "target_range", "target_offset", "feature_bound"):
+        assert getattr(found, name) == getattr(schema, name)
