@@ -3,12 +3,14 @@
 theta_i = beta + U w_i + b_i with w_i ~ N(0, tau_i I) and at most `sparsity` nonzeros of b_i ~ N(0, b_variance),
 chosen greedily by evidence. w is eliminated exactly (it is always in the active set), so that q and H below are the
 gradient and curvature of the log marginal likelihood, and each choice of a feature is an exact rank-one update:
-orthogonal matching pursuit with a Bayesian stopping rule.
+orthogonal matching pursuit in which a feature enters with the variance that its posterior probability of being
+nonzero leaves it. While training only probable features enter, since improbable ones would explain away what U has to
+learn; a model that is to predict averages over them (docs/decisions has the measurement).
 
 Source: the linear algebra is Gaussian conditioning; the greedy step is the marginal likelihood gain of one basis
 function of Tipping and Faul, "Fast marginal likelihood maximisation for sparse Bayesian models" (2003), eq. 20-25,
-with the prior variance fixed and the log prior odds as threshold; the scale tau_i is one EM step of a
-N(0, tau I) prior with an inverse-gamma prior of 10 pseudo-observations around 1.
+with the prior variance fixed; the probability is the logistic function of that gain less the log prior odds. The
+scale tau_i is one EM step of a N(0, tau I) prior with an inverse-gamma prior of 10 pseudo-observations around 1.
 """
 
 import math
@@ -18,13 +20,15 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from client.batches import Batch, Design
-from common.families import Family
+from common.families import Family, expit
 from common.linalg import apply, apply_transposed, dot, inverse_positive, one_hot, trace, transpose
 from common.model import PersonalState, SharedModel
 
 Array = Any
 SCALE_PRIOR = 10.0
 """Pseudo-observations behind tau = 1: a user needs a lot of evidence to leave the released scale."""
+WHILE_TRAINING = 0.5
+"""Least probability of being nonzero with which a feature enters b while U is being learned."""
 _NEWTON_STEPS = 6
 _NEWTON_STEPS_AFTER_CHOICE = 3
 _STEP_SIZES = (0.1, 0.3, 1.0)
@@ -60,6 +64,8 @@ class Solution:
     Attributes:
         w: `n x r`, posterior means.
         support: `n x k` int64, -1 where unused.
+        probability: `n x k`, posterior probability that b is nonzero there, given the features chosen before; b has
+            prior variance `probability * b_variance`.
         b: `n x k`, 0 where unused.
         scale: `n`, tau.
         theta: `n x d`, beta + U w + b.
@@ -72,6 +78,7 @@ class Solution:
 
     w: Array
     support: Array
+    probability: Array
     b: Array
     scale: Array
     theta: Array
@@ -100,13 +107,20 @@ class _LowRank:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Sparse:
-    """b's active set: features (`n x k`, -1 unused), their indicator (`n x d`) and the first step's gains."""
+class Choice:
+    """Which features are in b: `n x k` of them (-1 where unused), and with which probability."""
 
     support: Array
-    taken: Array
-    gain: Array
-    after: Marginal
+    probability: Array
+
+    def variance(self, model: SharedModel) -> Array:
+        """`n x d`, prior variance of b at each feature, 0 outside the support."""
+        xp = array_namespace(self.probability)
+        n, k = self.support.shape
+        share = xp.zeros((n, model.dimension), dtype=self.probability.dtype, device=self.probability.device)
+        for slot in range(k):
+            share = share + one_hot(self.support[:, slot], model.dimension) * self.probability[:, slot, None]
+        return share * model.b_variance
 
 
 def log_prior_odds(dimension: int, sparsity: int) -> float:
@@ -129,7 +143,8 @@ def solve(
     model: SharedModel,
     *,
     sparsity: int,
-    support: Array | None = None,
+    least_probability: float = 0.0,
+    choice: Choice | None = None,
     with_precision: bool = False,
 ) -> Solution:
     """Posterior under squared loss, or under a quadratic approximation of another loss.
@@ -138,41 +153,45 @@ def solve(
         batch: Examples of n users.
         model: The released prior, in arrays of the batch's library.
         sparsity: Cap on nonzeros of b; 0 leaves the sparse part out.
-        support: `n x k`, features to use instead of choosing (-1: none).
+        least_probability: With which a feature may enter b.
+        choice: Features to use instead of choosing.
         with_precision: Also compute the joint precision of (w, b).
 
     Returns:
         The posteriors; a user whose numbers are not finite has NaN there, and nobody else has.
     """
     xp = array_namespace(model.U)
-    s2, v = model.noise_variance, model.b_variance
+    s2 = model.noise_variance
     low_rank, before = _eliminate(batch, model, with_curvature=sparsity > 0)
-    sparse = _pursue(batch, model, low_rank, before, sparsity=sparsity, support=support)
-    after = sparse.after
+    chosen, gain, after = _pursue(
+        batch, model, low_rank, before, sparsity=sparsity, least_probability=least_probability, choice=choice
+    )
     # posterior means are prior covariance times the gradient of the log marginal likelihood
     w = low_rank.scale[:, None] * (after.q @ model.U) if sparsity else low_rank.w
     theta = model.beta[None, :] + w @ transpose(model.U)
-    # E|y - X theta|^2 = |y - X E theta|^2 + s2 (tr(tau U'HU) + v sum of H_jj over the active set)
+    # E|y - X theta|^2 = |y - X E theta|^2 + s2 (tr(tau U'HU) + sum of H_jj times b's prior variance)
     spread = trace(after.mixing @ (after.rows @ model.U))
     b = w[:, :0]
     if sparsity:
-        theta_b = v * after.q * sparse.taken
+        variance = chosen.variance(model)
+        theta_b = variance * after.q
         theta = theta + theta_b
-        b = xp.take_along_axis(theta_b, xp.clip(sparse.support, 0, None), axis=-1) * (sparse.support >= 0)
-        spread = spread + v * dot(after.curvature, sparse.taken)
+        b = xp.take_along_axis(theta_b, xp.clip(chosen.support, 0, None), axis=-1) * (chosen.support >= 0)
+        spread = spread + dot(after.curvature, variance)
     # X'(y - X theta) = s2 q, so that |y - X theta|^2 needs no second look at the examples
     residual = batch.square - dot(theta, batch.cross + s2 * after.q)
     squared_error = xp.where(residual > 0, residual, xp.zeros_like(residual)) + s2 * spread
     return Solution(
         w=w,
-        support=sparse.support,
+        support=chosen.support,
+        probability=chosen.probability,
         b=b,
         scale=low_rank.scale,
         theta=theta,
         before=before,
-        gain=sparse.gain,
+        gain=gain,
         after=after,
-        precision=_precision(batch, low_rank, sparse.support, model) if with_precision else low_rank.K[:, :0, :0],
+        precision=_precision(batch, low_rank, chosen, model) if with_precision else low_rank.K[:, :0, :0],
         squared_error=squared_error,
     )
 
@@ -211,17 +230,23 @@ def _pursue(
     before: Marginal,
     *,
     sparsity: int,
-    support: Array | None,
-) -> _Sparse:
-    """Add features to b one by one while their evidence beats the log prior odds; exact rank-one updates."""
+    least_probability: float,
+    choice: Choice | None,
+) -> tuple[Choice, Array, Marginal]:
+    """Add features to b one by one, the most probable first; exact rank-one updates.
+
+    Returns:
+        The choice, `n x d` gains of a first nonzero (empty if `sparsity` is 0), and the marginal with b.
+    """
     xp = array_namespace(before.q)
     d, r, s2, v = model.dimension, model.rank, model.noise_variance, model.b_variance
     n = before.q.shape[0]
     like = {"dtype": before.q.dtype, "device": before.q.device}
-    picks = xp.full((n, sparsity), -1, dtype=xp.int64, device=before.q.device)
+    support = xp.full((n, sparsity), -1, dtype=xp.int64, device=before.q.device)
+    probability = xp.zeros((n, sparsity), **like)
     if not sparsity:
-        return _Sparse(support=picks, taken=before.q[:, :0], gain=before.q[:, :0], after=before)
-    threshold = log_prior_odds(d, sparsity)
+        return Choice(support=support, probability=probability), before.q[:, :0], before
+    odds = log_prior_odds(d, sparsity)
     users = xp.arange(n, device=before.q.device)
     features = xp.arange(d, device=before.q.device)[None, :]
     q, curvature = before.q, before.curvature
@@ -232,22 +257,25 @@ def _pursue(
     left[:, :r, :] = low_rank.UG / s2**2
     right[:, :r, :] = low_rank.A @ low_rank.UG
     for step in range(sparsity):
-        if support is not None:
-            pick = support[:, step]
-        else:
+        if choice is None:
             if step:
                 gain = xp.where(taken, -xp.inf, evidence_gain(q, curvature, v))
             best = xp.argmax(gain, axis=-1)
-            pick = xp.where(gain[users, best] > threshold, best, -1)
+            probable = expit(gain[users, best] - odds)
+            pick = xp.where(probable >= least_probability, best, -1)  # never where it is NaN
+        else:
+            pick, probable = choice.support[:, step], choice.probability[:, step]
         used = pick >= 0
         if not xp.any(used):
             continue
-        picks[:, step] = pick
         at = pick * used  # an unused pick reads feature 0, to no effect
+        probable = xp.where(used, probable, xp.zeros_like(probable))
+        support[:, step], probability[:, step] = pick, probable
         here = r + step
         column = batch.column(at) / s2 - apply_transposed(right[:, :here, :], left[users, :here, at])
-        # Sherman-Morrison: b_j ~ N(0, v) in Cov(y) lowers H by v / (1 + v H_jj) times column column'
-        scaled = (v / (1 + v * column[users, at]) * used)[:, None] * column
+        # Sherman-Morrison: b_j ~ N(0, p v) in Cov(y) lowers H by p v / (1 + p v H_jj) times column column'
+        variance = v * probable
+        scaled = (variance / (1 + variance * column[users, at]))[:, None] * column
         q = q - scaled * q[users, at][:, None]
         curvature = curvature - scaled * column
         left[:, here, :] = scaled
@@ -260,21 +288,22 @@ def _pursue(
         rows=xp.concat([before.rows, right[:, r:, :]], axis=1),
         mixing=xp.concat([before.mixing, -lowering], axis=2),
     )
-    return _Sparse(support=picks, taken=xp.astype(taken, q.dtype), gain=first_gain, after=after)
+    return Choice(support=support, probability=probability), first_gain, after
 
 
-def _precision(batch: Batch, low_rank: _LowRank, support: Array, model: SharedModel) -> Array:
-    """Joint precision [U, E_S]' G [U, E_S] / s2 + diag(1 / tau, 1 / v); an unused slot keeps 1 / v alone."""
+def _precision(batch: Batch, low_rank: _LowRank, chosen: Choice, model: SharedModel) -> Array:
+    """Joint precision [U, E_S]' G [U, E_S] / s2 + diag(1 / tau, 1 / (p v)); an unused slot keeps 1 / v alone."""
     xp = array_namespace(model.U)
-    d, k = model.dimension, support.shape[1]
+    d, k = model.dimension, chosen.support.shape[1]
     like = {"dtype": low_rank.K.dtype, "device": low_rank.K.device}
     top = low_rank.K + xp.eye(model.rank, **like)[None, :, :] / low_rank.scale[:, None, None]
     if not k:
         return top
-    E = xp.stack([one_hot(support[:, step], d) for step in range(k)], axis=1)
+    E = xp.stack([one_hot(chosen.support[:, step], d) for step in range(k)], axis=1)
     mixed = (E @ transpose(low_rank.UG)) / model.noise_variance
     corner = (batch.products(E) @ transpose(E)) / model.noise_variance
-    corner = corner + xp.eye(k, **like)[None, :, :] / model.b_variance
+    share = xp.where(chosen.probability > 0, chosen.probability, xp.ones_like(chosen.probability))
+    corner = corner + xp.eye(k, **like)[None, :, :] / (model.b_variance * share)[:, None, :]
     rows = xp.concat([top, transpose(mixed)], axis=-1), xp.concat([mixed, corner], axis=-1)
     return xp.concat(rows, axis=1)
 
@@ -285,6 +314,7 @@ def personalize(
     *,
     family: Family,
     sparsity: int,
+    least_probability: float = 0.0,
     with_precision: bool = False,
 ) -> Solution:
     """Posterior of n users given the released prior, for any loss family.
@@ -298,25 +328,31 @@ def personalize(
         model: The released prior.
         family: Loss family.
         sparsity: Cap on nonzeros of b.
+        least_probability: With which a feature may enter b: `WHILE_TRAINING`, or 0 to predict.
         with_precision: Also compute the joint precision of (w, b).
     """
     if family.name == "squared":
-        return solve(batch, model, sparsity=sparsity, with_precision=with_precision)
+        return solve(
+            batch, model, sparsity=sparsity, least_probability=least_probability, with_precision=with_precision
+        )
     if not isinstance(batch, Design):
         raise TypeError(f"Expected a Design for family={family.name}, got {type(batch).__name__}.")
     xp = array_namespace(model.U)
     like = {"dtype": model.U.dtype, "device": model.U.device}
     n = batch.y.shape[0]
     point = _Point(w=xp.zeros((n, model.rank), **like), b=xp.zeros((n, model.dimension), **like))
-    support = None
+    none = Choice(support=xp.zeros((n, 0), dtype=xp.int64, device=model.U.device), probability=point.w[:, :0])
     for _ in range(_NEWTON_STEPS):
-        point = _newton_step(batch, model, family, point, sparsity=0, support=None)
+        point = _newton_step(batch, model, family, point, none)
+    chosen = none
     if sparsity:
-        support = solve(_working(batch, model, family, point), model, sparsity=sparsity).support
+        working = _working(batch, model, family, point)
+        found = solve(working, model, sparsity=sparsity, least_probability=least_probability)
+        chosen = Choice(support=found.support, probability=found.probability)
         for _ in range(_NEWTON_STEPS_AFTER_CHOICE):
-            point = _newton_step(batch, model, family, point, sparsity=sparsity, support=support)
+            point = _newton_step(batch, model, family, point, chosen)
     working = _working(batch, model, family, point)
-    return solve(working, model, sparsity=sparsity, support=support, with_precision=with_precision)
+    return solve(working, model, sparsity=sparsity, choice=chosen, with_precision=with_precision)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -342,18 +378,18 @@ def _working(batch: Design, model: SharedModel, family: Family, point: _Point) -
     return replace(batch, y=eta + family.residual(eta, batch.y) / curvature, weight=batch.weight * curvature)
 
 
-def _newton_step(
-    batch: Design, model: SharedModel, family: Family, point: _Point, *, sparsity: int, support: Array | None
-) -> _Point:
+def _newton_step(batch: Design, model: SharedModel, family: Family, point: _Point, chosen: Choice) -> _Point:
     """The longest of a few step sizes that does not raise the negative log posterior, each user for itself."""
     xp = array_namespace(batch.X)
-    solution = solve(_working(batch, model, family, point), model, sparsity=sparsity, support=support)
-    b = solution.theta - model.beta[None, :] - apply(model.U, solution.w)
-    target = _Point(w=solution.w, b=b)
+    working = _working(batch, model, family, point)
+    solution = solve(working, model, sparsity=chosen.support.shape[1], choice=chosen)
+    target = _Point(w=solution.w, b=solution.theta - model.beta[None, :] - apply(model.U, solution.w))
+    variance = chosen.variance(model)
+    b_precision = xp.where(variance > 0, 1 / xp.where(variance > 0, variance, xp.ones_like(variance)), 0.0)
 
     def objective(at: _Point) -> Array:
         loss = xp.sum(batch.weight * family.loss(apply(batch.X, at.theta(model)), batch.y), axis=-1)
-        return loss + dot(at.w, at.w) / (2 * solution.scale) + dot(at.b, at.b) / (2 * model.b_variance)
+        return loss + dot(at.w, at.w) / (2 * solution.scale) + dot(b_precision * at.b, at.b) / 2
 
     start = objective(point)
     best = point

@@ -6,7 +6,7 @@ import numpy as np
 
 from client.batches import Batch, Chunk, cleaned, design_of, form_of, plan_chunks
 from client.contribution import contribute
-from client.personalize import personalize
+from client.personalize import WHILE_TRAINING, personalize
 from common.data import DataSchema, Population
 from common.families import Family
 from common.model import Array, IntArray, SharedModel
@@ -85,7 +85,7 @@ def total_contribution(
     """
 
     def integers(batch: Batch) -> IntArray:
-        solution = personalize(batch, model, family=shard.family, sparsity=sparsity)
+        solution = personalize(batch, model, family=shard.family, sparsity=sparsity, least_probability=WHILE_TRAINING)
         grid: IntArray = contribute(
             batch,
             solution,

@@ -1,0 +1,533 @@
+"""The checks that the promise rests on, and proof that each would notice: every one is also run on broken code.
+
+A check is a plain function that fails with an exception. It passes on the code as it is, and with one thing broken
+on purpose it must fail. Where it matters the real ServerApp, and mostly the real ClientApp, run end to end in this
+process.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+import client.contribution
+import client.service
+import client.shard
+import client.store
+import server.training
+from client.batches import Design
+from client.shard import Shard, total_contribution
+from client.store import DeviceStore
+from common import wire
+from common.data import DataSchema, Population
+from common.families import FAMILIES
+from common.model import IntArray
+from common.records import Broadcast, Contribution, encode
+from privacy.entropy import SeededNoise
+from privacy.ledger import PrivacyLedger
+from privacy.participation import cost_units
+from server.initialization import initial_model, regularized_moment
+from server.rounds import apply_round, initial_state, public_metric
+from server.training import contribution_layout
+from tests.federation import (
+    Run,
+    configuration,
+    layout_of,
+    prepare,
+    run_answers,
+    run_app,
+    run_real,
+    zeros,
+)
+from tests.populations import draw_model, draw_users, population_of, schema_of
+from tests.reference import User, squared_norm
+from umbel.inprocess import Fault
+
+# Each statistic below is compared with its distribution at this quantile: a correct program fails one of them with
+# probability 1e-6 at most (two-sided standard normal).
+SIGMAS = 4.9
+D, R = 4, 1
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def check_noise(folder: Path) -> None:
+    """Releases of zeros through the real server: scale as the ledger says, and independent from release to release.
+
+    Variance of about 2,000 samples and the correlations of all pairs of releases, each at a false-failure rate of 1e-6.
+    """
+    config = prepare(
+        configuration(folder, data__synthetic__dimension=40, model__rank=8, training__rounds=6, privacy__seed=None),
+        noise_multiplier="2",
+    )
+    layout = layout_of(config, private=True)
+    # a configuration that says "none" makes nodes that accept anything; the noise itself is the operating system's
+    run = run_answers(config, lambda _, __: [zeros(layout)], users_per_node=6)
+    noise = np.array(list(run.releases.values())) / (2.0 * layout.grid_scale)
+    assert len(noise) == 6
+    with run.ledger() as ledger:
+        assert {event["noise_multiplier"] for event in ledger.events()} == {"2"}
+        assert {event["noise"] for event in ledger.events()} == {"aes-256-ctr"}
+    spread = math.sqrt(2 / noise.size)
+    assert abs(noise.var() - 1) < SIGMAS * spread
+    assert abs(noise.mean()) < SIGMAS / math.sqrt(noise.size)
+    correlation = np.corrcoef(noise)
+    pairs = correlation[np.triu_indices(6, 1)]
+    # fifteen pairs share the failure rate: 5.5 standard deviations
+    assert np.abs(pairs).max() < 5.5 / math.sqrt(noise.shape[1])
+
+
+def half_the_noise(patch: pytest.MonkeyPatch) -> None:
+    real = server.training.release
+
+    def release(contributions: Any, *, noise_multiplier: str, **options: Any) -> IntArray:
+        return real(contributions, noise_multiplier=str(float(noise_multiplier) / 2), **options)
+
+    patch.setattr(server.training, "release", release)
+
+
+def reused_noise(patch: pytest.MonkeyPatch) -> None:
+    class Stuck(SeededNoise):
+        name = "aes-256-ctr"
+
+        def __init__(self) -> None:
+            super().__init__(1, 1)
+
+    patch.setattr(server.training, "SystemNoise", Stuck)
+
+
+# --- one worst-case user in and out -----------------------------------------------------------------------------------
+
+
+def crowd(with_worst_case: bool) -> tuple[Population, DataSchema]:
+    """Forty ordinary users, and one whose gradient is far beyond the clipping norm, or who is empty."""
+    rng = np.random.default_rng(0)
+    model = draw_model(rng, D, R)
+    users = draw_users(rng, model, [6] * 40)
+    X = np.ones((200, D))
+    worst = User(X=X, y=np.full(200, 20.0), weight=np.ones(200))
+    nobody = User(X=X[:0], y=worst.y[:0], weight=worst.weight[:0])
+    schema = schema_of(D, bound=4.0, target_range=(-20.0, 20.0))
+    return population_of([*users, worst if with_worst_case else nobody]), schema
+
+
+def scores(folder: Path, rounds: int, noise_multiplier: str, inside: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What an adversary who knows everything but the worst-case user has of each release.
+
+    `n` components of (release - everybody else) along that user's vector, and what is left at right angles, both in
+    units of K. What everybody else sent is computed from the broadcast by plain function calls.
+    """
+    data = crowd(inside)
+    options = {"training__rounds": rounds, "training__nodes": 1, "privacy__clipping": 2.0, "privacy__seed": None}
+    run = run_real(prepare(configuration(folder, **options), noise_multiplier), data=data)
+    others, with_user = (Shard(crowd(present)[0], data[1], FAMILIES["squared"]) for present in (False, True))
+    along, across = [], []
+    for sequence, released in run.releases.items():
+        rest, whole = (total_of(shard, run.broadcasts[sequence], run) for shard in (others, with_user))
+        user = (whole - rest).astype(np.float64)
+        direction = user / np.linalg.norm(user)
+        left = (released - rest) / run.layout.grid_scale
+        along.append(float(direction @ left))
+        across.append(left - along[-1] * direction)
+    return np.array(along), np.array(across)
+
+
+def total_of(shard: Shard, broadcast: Broadcast, run: Run) -> IntArray:
+    return total_contribution(
+        shard,
+        broadcast.model,
+        broadcast.metric,
+        sparsity=int(broadcast.task["sparsity"]),
+        clipping_norm=2.0,
+        layout=run.layout,
+        admitted=np.ones(shard.population.num_users, np.bool_),
+    )
+
+
+def check_a_user_is_not_told_apart_better_than_promised(folder: Path) -> None:
+    """In and out of thirty releases at z = 1/4, mu = sqrt(30)/z = 21.9: the best test separates them by that, not more.
+
+    The separation is of the optimal statistic, the mean component along the user's vector, in units of the noise that
+    is really there (measured at right angles). Noise at z = 1/4 makes it visible; false failures are below 1e-6.
+    """
+    rounds, z = 30, 0.25
+    inside, across_inside = scores(folder / "in", rounds, str(z), True)
+    outside, across_outside = scores(folder / "out", rounds, str(z), False)
+    across = np.concatenate([across_inside, across_outside])
+    degrees = across.size - len(across)
+    stddev = math.sqrt(float((across**2).sum()) / degrees)
+    separation = (inside.mean() - outside.mean()) / stddev * math.sqrt(rounds)
+    promised = math.sqrt(rounds) / z
+    uncertain = SIGMAS * math.sqrt(2) + promised * SIGMAS / math.sqrt(2 * degrees)
+    assert separation < promised + uncertain
+    # the user is a worst case: almost K, or the check would say nothing
+    assert separation > 0.9 * promised - uncertain
+    assert abs(stddev / z - 1) < SIGMAS / math.sqrt(2 * degrees)
+
+
+def no_clip(patch: pytest.MonkeyPatch) -> None:
+    """Neither the clip nor the check on the grid behind it."""
+
+    def clip_to_ball(x: Any, clipping_norm: float) -> Any:
+        return x / clipping_norm, np.linalg.norm(x, axis=1) <= clipping_norm
+
+    def to_grid(blocks: Any, layout: Any) -> Any:
+        parts = [b * (g.share * layout.grid_scale) for b, g in zip(blocks, layout.groups, strict=True)]
+        return np.trunc(np.concatenate(parts, axis=1)).astype(np.int64)
+
+    patch.setattr(client.contribution, "clip_to_ball", clip_to_ball)
+    patch.setattr(client.contribution, "to_grid", to_grid)
+
+
+def check_one_user_moves_a_release_by_at_most_k(folder: Path) -> None:
+    """Without noise, through the real apps: the worst-case user in and out differ by at most K, in integers."""
+    runs = [
+        run_real(
+            prepare(configuration(folder / name, training__rounds=1, training__nodes=1, privacy__clipping=2.0)),
+            data=crowd(name == "in"),
+        )
+        for name in ("in", "out")
+    ]
+    (inside,), (outside,) = (list(run.releases.values()) for run in runs)
+    moved = squared_norm(inside - outside)
+    assert moved <= runs[0].layout.norm_limit()
+    assert moved > 0.9 * runs[0].layout.norm_limit()
+
+
+# --- denominators and the clip bit ------------------------------------------------------------------------------------
+
+
+def check_dropouts_do_not_change_the_denominator(folder: Path) -> None:
+    """With one of two nodes lost on the way the step is still divided by the users of both."""
+
+    def faults(node_id: int, message: Message) -> Fault | None:
+        return Fault.UNREACHABLE if message.metadata.message_type == "train.contribute" and node_id == 3 else None
+
+    run = run_real(prepare(configuration(folder, training__rounds=1)), faults=faults)
+    assert run.metrics[0]["answered"] == 1
+    (released,) = run.releases.values()
+    (broadcast,) = run.broadcasts.values()
+    with run.ledger() as ledger:
+        (event,) = ledger.events()
+    assert event["denominator"] == 12
+    means = released[: D * (R + 1)] / (run.layout.groups[0].share * run.layout.grid_scale * 12)
+    gradient = float(event["clipping_norm"]) * means.reshape(R + 1, D).T
+    step = broadcast.metric @ gradient / 1.1
+    moved = run.state.model.U - broadcast.model.U, run.state.model.beta - broadcast.model.beta
+    np.testing.assert_allclose(np.column_stack(moved), step, atol=1e-9)
+    assert np.abs(step).max() > 1e-3
+
+
+def realised_denominator(patch: pytest.MonkeyPatch) -> None:
+    real = server.training.apply_round
+
+    def counting(state: Any, noised: IntArray, **options: Any) -> Any:
+        presence = float(noised[D * (R + 1) + 1]) / (options["layout"].groups[1].share * options["layout"].grid_scale)
+        answered = max(1, round(presence * math.sqrt(5)))
+        return real(state, noised, **(options | {"denominator": answered}))
+
+    patch.setattr(server.training, "apply_round", counting)
+
+
+def check_the_clip_bit_is_centred(_: Path) -> None:
+    """All clipped: C grows; none clipped: C shrinks as much; half the users absent: half as far, and nobody: not at all."""
+    rng = np.random.default_rng(0)
+    S = np.eye(D)
+    model = initial_model(S, R, 1.0, rng)
+    users = draw_users(rng, draw_model(rng, D, R), [8] * 10)
+    nobody = User(X=np.zeros((0, D)), y=np.zeros(0), weight=np.zeros(0))
+    layout = contribution_layout(D, R, private=False)
+
+    def factor(clipping_norm: float, present: int) -> float:
+        state = initial_state(model, regularized_moment(S), clipping_norm)
+        shard = Shard(population_of([*users[:present], *[nobody] * (10 - present)]), schema_of(D), FAMILIES["squared"])
+        total = total_contribution(
+            shard, model, public_metric(state, "squared"), sparsity=0, clipping_norm=clipping_norm, layout=layout,
+            admitted=np.ones(10, np.bool_),
+        )  # fmt: skip
+        after = apply_round(
+            state, total, layout=layout, clipping_norm=clipping_norm, noise_multiplier=0.0, denominator=10,
+            adapt_clipping=True, family="squared", sparsity=0,
+        )  # fmt: skip
+        return math.log(after.clipping_norm / clipping_norm)
+
+    assert factor(0.02, 10) == pytest.approx(0.25, abs=1e-6)
+    assert factor(900.0, 10) == pytest.approx(-0.25, abs=1e-6)
+    assert factor(0.02, 5) == pytest.approx(0.125, abs=1e-6)
+    assert factor(900.0, 5) == pytest.approx(-0.125, abs=1e-6)
+    assert factor(0.02, 0) == 0.0
+
+
+def uncentred_bit(patch: pytest.MonkeyPatch) -> None:
+    real = client.contribution.scalars
+
+    def scalars(batch: Any, solution: Any, model: Any, unclipped: Any, **options: Any) -> Any:
+        values = real(batch, solution, model, unclipped, **options)
+        bit = np.where(batch.count > 0, unclipped * 0.5, 0.0)
+        return np.column_stack([bit, values[:, 1:]])
+
+    patch.setattr(client.contribution, "scalars", scalars)
+
+
+# --- charges ----------------------------------------------------------------------------------------------------------
+
+
+def check_every_release_is_charged(folder: Path) -> None:
+    """On disk, after the run: a RESERVE for each release, and on each node the full cost for each user who took part."""
+    rounds = 3
+    config = prepare(configuration(folder, training__rounds=rounds, privacy__epsilon=4.0, privacy__seed=None))
+    run = run_real(config)
+    cost = cost_units(str(config.run.noise_multiplier))
+    assert len(run.releases) == rounds
+    with run.ledger() as ledger:
+        assert [entry.sequence for entry in ledger.rounds_of(str(config.run.name))] == list(run.releases)
+        assert ledger.spent_units == rounds * cost
+        assert not ledger.open_reservations()
+    for node in range(2):
+        path = run.folder.nodes / f"node-{node}.sqlite"
+        users = [f"user-{i}" for i in range(6 * node, 6 * node + 6)]
+        with DeviceStore.open(path, users) as store:
+            assert store.spent(users).tolist() == [rounds * cost] * 6
+
+
+def no_reserve_on_disk(patch: pytest.MonkeyPatch) -> None:
+    real = PrivacyLedger._write
+
+    def write(self: PrivacyLedger, descriptor: int, line: Any) -> None:
+        if line.kind == "RESERVE":
+            self._state.advance(line)
+        else:
+            real(self, descriptor, line)
+
+    patch.setattr(PrivacyLedger, "_write", write)
+
+
+def no_reserve_for_later_rounds(patch: pytest.MonkeyPatch) -> None:
+    """One RESERVE pays for everything."""
+    real_reserve, real_commit = PrivacyLedger.reserve, PrivacyLedger.commit
+    first: dict[int, Any] = {}
+
+    def reserve(self: PrivacyLedger, *arguments: Any, **options: Any) -> Any:
+        if id(self) not in first:
+            first[id(self)] = real_reserve(self, *arguments, **options)
+        return first[id(self)]
+
+    def commit(self: PrivacyLedger, sequence: int, digest: str) -> None:
+        if self.open_reservations():
+            real_commit(self, sequence, digest)
+
+    def rounds_left(loop: Any) -> int:
+        return int(loop.settings.config.training.rounds - loop.state.server_round)
+
+    patch.setattr(PrivacyLedger, "reserve", reserve)
+    patch.setattr(PrivacyLedger, "commit", commit)
+    patch.setattr(server.training._Loop, "rounds_left", property(rounds_left))
+    patch.setattr(PrivacyLedger, "abort", lambda *_: None)
+    # without new lines nodes refuse a replay, so that too has to be broken
+    patch.setattr(client.service, "check", _without_replay_check(client.service.check))
+
+
+def _without_replay_check(real: Callable[..., Any]) -> Callable[..., Any]:
+    def check(*arguments: Any, acknowledged: Any, **options: Any) -> Any:
+        return real(*arguments, acknowledged=(-1, bytes(32)), **options)
+
+    return check
+
+
+def no_charge_on_the_device(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(client.store.DeviceStore, "charge", lambda *_, **__: None)
+
+
+# --- isolation --------------------------------------------------------------------------------------------------------
+
+MARK = 12345.0
+
+
+def check_a_failure_stays_with_its_user(_: Path) -> None:
+    """A library that raises on one user's numbers costs that user's vector; the other users of its chunk are counted."""
+    rng = np.random.default_rng(0)
+    model = draw_model(rng, D, R)
+    users = draw_users(rng, model, [3] * 6)
+    layout = contribution_layout(D, R, private=True)
+    state = initial_state(model, regularized_moment(np.eye(D)), 2.0)
+
+    def total(people: list[User]) -> IntArray:
+        shard = Shard(population_of(people), schema_of(D), FAMILIES["squared"])
+        return total_contribution(
+            shard, model, public_metric(state, "squared"), sparsity=0, clipping_norm=2.0, layout=layout,
+            admitted=np.ones(len(people), np.bool_),
+        )  # fmt: skip
+
+    expected = total([*users[:2], *users[3:]])
+    marked = [*users[:2], replace(users[2], y=np.full(3, MARK)), *users[3:]]
+    real = client.shard.contribute
+
+    def raising(batch: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(batch, Design) and (batch.y == MARK).any():
+            raise FloatingPointError("singular")
+        return real(batch, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.shard, "contribute", raising)
+        assert np.array_equal(total(marked), expected)
+    assert expected.any()
+
+
+def failure_zeroes_the_chunk(patch: pytest.MonkeyPatch) -> None:
+    def isolated(integers: Any, _: Any, chunk: Any, batch: Any, size: int) -> IntArray:
+        try:
+            result: IntArray = integers(batch)
+        except Exception:
+            return np.zeros((len(chunk.users), size), np.int64)
+        return result
+
+    patch.setattr(client.shard, "_isolated", isolated)
+
+
+# --- what the server accepts ------------------------------------------------------------------------------------------
+
+
+def check_impossible_sums_are_left_out(folder: Path) -> None:
+    """A node cannot move the sum by more than its users could: what is beyond that is refused with a code."""
+    config = prepare(configuration(folder, training__rounds=1))
+    layout = layout_of(config, private=False)
+
+    def answers(node: int, _: Broadcast) -> list[IntArray]:
+        total = zeros(layout)
+        total[0] = 7 * layout.radius(layout.groups[0]) if node else 5
+        return [total]
+
+    run = run_answers(config, answers, users_per_node=6)
+    (released,) = run.releases.values()
+    assert released[0] == 5
+    assert run.metrics[0]["refusals"] == {"malformed": 1}
+
+
+def anything_goes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(server.training, "sum_is_possible", lambda *_: True)
+
+
+def check_replies_count_once(folder: Path) -> None:
+    """A reply that is delivered twice, and a reply to an earlier release, are in the sum once and not at all."""
+    config = prepare(configuration(folder, training__rounds=2))
+    layout = layout_of(config, private=False)
+    earlier: dict[int, bytes] = {}
+    app = ClientApp()
+
+    @app.query("identity")
+    def identity(message: Message, context: Context) -> Message:
+        return wire.answer(encode({"name": f"node-{context.node_config['partition-id']}", "users": 6}, {}), message)
+
+    @app.train("contribute")
+    def contribute(message: Message, context: Context) -> Message:
+        node = int(context.node_config["partition-id"])
+        broadcast = Broadcast.decode(wire.read_request(message)[0])
+        sequence = int(broadcast.lines[0].split('"sequence":')[1].split(",")[0])
+        total = zeros(layout) + (100 if node else 1)
+        reply = Contribution(
+            ledger_id=broadcast.ledger_id, sequence=sequence, acknowledged=sequence, total=total
+        ).encode()
+        # the second node answers every release with its reply to the first
+        return wire.answer(earlier.setdefault(node, reply) if node else reply, message)
+
+    @app.train("fold_in")
+    def fold_in(message: Message, _: Context) -> Message:
+        return wire.answer(b"", message)
+
+    def faults(node_id: int, message: Message) -> Fault | None:
+        return Fault.DUPLICATE if message.metadata.message_type == "train.contribute" and node_id == 2 else None
+
+    first, second = run_app(config, app, faults).releases.values()
+    assert set(first.tolist()) == {101}
+    assert set(second.tolist()) == {1}
+
+
+def replies_count_as_they_come(patch: pytest.MonkeyPatch) -> None:
+    class Forgetful(set[int]):
+        def __contains__(self, _: object) -> bool:
+            return False
+
+    real = server.training._Replies.__init__
+
+    def init(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        self._counted = Forgetful()
+
+    patch.setattr(server.training._Replies, "__init__", init)
+
+
+def replies_to_any_release_count(patch: pytest.MonkeyPatch) -> None:
+    real = server.training._Replies._checked
+
+    def checked(self: Any, answer: Any) -> IntArray:
+        contribution = Contribution.decode(answer.payload)
+        fresh = replace(contribution, sequence=self.sequence)
+        return real(self, replace(answer, payload=fresh.encode()))
+
+    patch.setattr(server.training._Replies, "_checked", checked)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A check, and what it must notice."""
+
+    check: Callable[[Path], None]
+    breakage: Callable[[pytest.MonkeyPatch], None]
+
+
+CHECKS = (
+    check_noise,
+    check_a_user_is_not_told_apart_better_than_promised,
+    check_one_user_moves_a_release_by_at_most_k,
+    check_dropouts_do_not_change_the_denominator,
+    check_the_clip_bit_is_centred,
+    check_every_release_is_charged,
+    check_a_failure_stays_with_its_user,
+    check_impossible_sums_are_left_out,
+    check_replies_count_once,
+)
+MUTATIONS = (
+    Mutation(check_noise, half_the_noise),
+    Mutation(check_noise, reused_noise),
+    Mutation(check_a_user_is_not_told_apart_better_than_promised, half_the_noise),
+    Mutation(check_a_user_is_not_told_apart_better_than_promised, no_clip),
+    Mutation(check_one_user_moves_a_release_by_at_most_k, no_clip),
+    Mutation(check_dropouts_do_not_change_the_denominator, realised_denominator),
+    Mutation(check_the_clip_bit_is_centred, uncentred_bit),
+    Mutation(check_every_release_is_charged, no_reserve_on_disk),
+    Mutation(check_every_release_is_charged, no_reserve_for_later_rounds),
+    Mutation(check_every_release_is_charged, no_charge_on_the_device),
+    Mutation(check_a_failure_stays_with_its_user, failure_zeroes_the_chunk),
+    Mutation(check_impossible_sums_are_left_out, anything_goes),
+    Mutation(check_replies_count_once, replies_count_as_they_come),
+    Mutation(check_replies_count_once, replies_to_any_release_count),
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_promise_holds(tmp_path, check):
+    """Every check passes on the code as it is."""
+    check(tmp_path / "run")
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.breakage.__name__}-{m.check.__name__}")
+def test_broken_code_is_caught(tmp_path, monkeypatch, mutation):
+    """Every check fails on code that is broken where it looks."""
+    mutation.breakage(monkeypatch)
+    with pytest.raises((AssertionError, Exception)):
+        mutation.check(tmp_path / "run")
+
+
+def test_every_check_has_a_mutation():
+    """A check that nothing was ever seen to fail is no check."""
+    assert {mutation.check for mutation in MUTATIONS} == set(CHECKS)
