@@ -22,8 +22,6 @@ from privacy.participation import (
     checked_noise_multiplier,
     cost_units,
     is_noiseless,
-    mu_max_string,
-    noise_multiplier_for,
 )
 
 SMALLEST_DELTA = 1e-12
@@ -54,29 +52,6 @@ class PrivacySpent:
     replace_one_epsilon: float
     pld_epsilon: float
     rdp_epsilon: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The noise with which so many rounds cost so much.
-
-    Attributes:
-        epsilon: The budget per user.
-        delta: The budget per user.
-        rounds: How many releases a user contributes to.
-        max_nodes_per_user: s.
-        mu_max: The limit of each (user, node), for the ledger.
-        noise_multiplier: z of each release, for the ledger.
-        epsilon_by_round: `rounds` numbers, what is spent after each; the last is at most `epsilon`.
-    """
-
-    epsilon: float
-    delta: float
-    rounds: int
-    max_nodes_per_user: int
-    mu_max: str
-    noise_multiplier: str
-    epsilon_by_round: tuple[float, ...]
 
 
 def total_mu(noise_multipliers: Sequence[str], s: int = 1) -> float:
@@ -164,36 +139,6 @@ def check_agreement(result: PrivacySpent) -> None:
             f"Expected accountants to agree, got epsilon={exact}, pld_epsilon={result.pld_epsilon}, "
             f"rdp_epsilon={result.rdp_epsilon}. Install the pinned dp-accounting."
         )
-
-
-def plan(epsilon: float, delta: float, rounds: int, s: int = 1) -> Plan:
-    """The least noise at which a user of up to s nodes can contribute `rounds` times within the budget.
-
-    Raises:
-        ValueError: If the budget, rounds or s is out of range; an infinite epsilon needs no plan.
-    """
-    _check_delta(delta)
-    _check_count("rounds", rounds)
-    _check_count("max_nodes_per_user", s)
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"Expected 0 < epsilon < inf, got {epsilon=}.")
-    mu_max = mu_max_string(epsilon, delta, s)
-    z = noise_multiplier_for(rounds, mu_max)
-    return Plan(
-        epsilon=epsilon,
-        delta=delta,
-        rounds=rounds,
-        max_nodes_per_user=s,
-        mu_max=mu_max,
-        noise_multiplier=z,
-        epsilon_by_round=epsilon_curve([z] * rounds, delta, s),
-    )
-
-
-def epsilon_curve(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> tuple[float, ...]:
-    """Exact epsilon spent after each release."""
-    _check_delta(delta)
-    return tuple(epsilon_of_mu(mu, delta) for mu in mu_curve(noise_multipliers, s))
 
 
 def _checked_mu(noise_multipliers: Sequence[str], delta: float, s: int) -> float:

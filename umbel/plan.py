@@ -47,9 +47,9 @@ def forecast(
     if ledger is not None:
         users = users or (ledger.registry or {}).get("population_size")
     s = _nodes_per_user(max_nodes_per_user, ledger)
-    delta, notes = _delta(delta, users)
+    delta, notes = resolve_delta(delta, users)
     try:
-        z = _least_noise(epsilon, delta, rounds, s) if noise_multiplier is None else noise_multiplier
+        z = least_noise(epsilon, delta, rounds, s) if noise_multiplier is None else noise_multiplier
         mu = mu_curve([z] * rounds, s)
     except ValueError as error:
         raise UmbelError(str(error)) from error
@@ -144,7 +144,7 @@ def _nodes_per_user(given: int | None, ledger: PrivacyLedger | None) -> int:
     return recorded
 
 
-def _delta(given: float | None, users: int | None) -> tuple[float, list[str]]:
+def resolve_delta(given: float | None, users: int | None) -> tuple[float, list[str]]:
     """The delta to plan for, and what a reader should know about it."""
     delta, notes = given, []
     if delta is None:
@@ -160,7 +160,12 @@ def _delta(given: float | None, users: int | None) -> tuple[float, list[str]]:
     return delta, notes
 
 
-def _least_noise(epsilon: float | None, delta: float, rounds: int, s: int) -> str:
+def least_noise(epsilon: float | None, delta: float, rounds: int, s: int) -> str:
+    """The least noise multiplier with which so many rounds cost at most epsilon.
+
+    Raises:
+        ValueError: If there is no such budget.
+    """
     if epsilon is None or not 0 < epsilon < math.inf:
         raise ValueError(f"Expected 0 < epsilon < inf, got {epsilon=}. Choose a budget, or a noise multiplier.")
     return noise_multiplier_for(rounds, mu_max_string(epsilon, delta, s))

@@ -1,11 +1,9 @@
 """A simulation from a configuration to a run folder: lay out, run the real apps on an engine, evaluate, report."""
 
 import json
-import math
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,20 +16,20 @@ from common.config import Config, load_config, to_toml
 from common.data import DataSchema, partition
 from common.errors import BudgetExhausted, UmbelError
 from common.files import write_durably
-from privacy.accounting import Plan, plan
 from privacy.gaussian import epsilon_of_mu, replace_one
 from privacy.keys import create_key, load_key
 from privacy.ledger import PrivacyLedger
 from privacy.mechanism import check_delta_fp, delta_fp
-from privacy.participation import cost_units, is_noiseless
+from privacy.participation import is_noiseless, mu_max_string
+from privacy.report_page import write_reports
 from server.checkpoint import load_model, save_schema
 from server.registry import Registry, registry_of
 from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
 from server.training import ROUNDS_LOG, contribution_layout
 from umbel.evaluate import paired_difference
+from umbel.plan import affordable_rounds, least_noise, resolve_delta
 from umbel.results import baseline_section, error_section, evaluate, peak_memory_bytes
 
-_DEFAULT_DELTA = 1e-6
 _RUN_ID_DIGITS = 12
 
 
@@ -45,32 +43,19 @@ class Progress(Protocol):
         """Something the user should know."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """Noise and budget of a run, known before any data is touched.
-
-    Attributes:
-        noise_multiplier: z of each release, "0" without noise.
-        plan: None without noise.
-    """
-
-    noise_multiplier: str
-    plan: Plan | None
-
-
-def plan_run(config: Config, delta: float) -> Planned:
-    """The least noise with which the run's rounds cost its epsilon.
+def noise_and_limit(config: Config, delta: float) -> tuple[str, str]:
+    """z of each release and mu_max of a new ledger: the least noise with which the run's rounds cost its epsilon.
 
     Raises:
         UmbelError: If the budget cannot be split among so many rounds.
     """
-    if config.privacy.epsilon == "none":
-        return Planned(noise_multiplier="0", plan=None)
+    epsilon, s = config.privacy.epsilon, config.privacy.max_nodes_per_user
+    if epsilon == "none":
+        return "0", "inf"
     try:
-        planned = plan(float(config.privacy.epsilon), delta, config.training.rounds, config.privacy.max_nodes_per_user)
+        return least_noise(float(epsilon), delta, config.training.rounds, s), mu_max_string(float(epsilon), delta, s)
     except ValueError as error:
         raise UmbelError(f"privacy.epsilon, privacy.delta, training.rounds: {error}") from error
-    return Planned(noise_multiplier=planned.noise_multiplier, plan=planned)
 
 
 def simulate(config: Config, *, progress: Progress, with_baselines: bool = True) -> dict[str, Any]:
@@ -126,17 +111,13 @@ def lay_out(config: Config, progress: Progress) -> Config:
         raise UmbelError("Expected training examples, got none. Lower data.test_fraction.")
     if test.num_examples == 0:
         progress.warn("nothing is held out, so no error will be computed; raise data.test_fraction for one.")
-    delta = config.privacy.delta or min(_DEFAULT_DELTA, 1 / (10 * train.num_users))
-    if delta >= 1 / train.num_users:
-        progress.warn(
-            f"privacy.delta={delta:g} is not below 1/users={1 / train.num_users:.3g}: "
-            "it would allow one user's data to be published outright. Choose a smaller one."
-        )
-    planned = plan_run(config, delta)
-    if planned.plan is not None:
+    delta, notes = resolve_delta(config.privacy.delta, train.num_users)
+    for note in notes:
+        progress.warn(note)
+    noise_multiplier, mu_max = noise_and_limit(config, delta)
+    if not is_noiseless(noise_multiplier):
         size = contribution_layout(schema.dimension, config.model.rank, private=True).size
         check_delta_fp(float(config.privacy.epsilon), delta, size, config.training.rounds)
-    root.mkdir(parents=True, exist_ok=True)
     ledger_path = Path(config.run.ledger).resolve() if config.run.ledger else root / "ledger.jsonl"
     place = LedgerPlace(ledger=ledger_path)
     sizes = [partition(train, config.training.nodes, i).num_users for i in range(config.training.nodes)]
@@ -150,12 +131,13 @@ def lay_out(config: Config, progress: Progress) -> Config:
             "run.ledger": str(ledger_path),
             "run.resume": False,
             "run.name": uuid4().hex[:_RUN_ID_DIGITS],
-            "run.noise_multiplier": planned.noise_multiplier,
+            "run.noise_multiplier": noise_multiplier,
         },
     )
-    genesis, public_key = prepare_ledger(resolved, place, registry, planned)
+    genesis, public_key = prepare_ledger(resolved, place, registry, mu_max)
     if config.run.ledger is None and config.data.source != "synthetic":
         progress.warn("the ledger is new and counts this run only; name the population's own with --ledger PATH.")
+    root.mkdir(parents=True, exist_ok=True)
     save_schema(folder.schema, schema)
     folder.nodes.mkdir(mode=0o700, exist_ok=True)
     nodes = NodeSettings(
@@ -164,7 +146,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
         ledger_id=genesis["ledger_id"],
         mu_max=genesis["mu_max"],
         max_users_per_node=config.privacy.max_users_per_node,
-        allow_not_private=is_noiseless(planned.noise_multiplier) or config.privacy.seed is not None,
+        allow_not_private=is_noiseless(noise_multiplier) or config.privacy.seed is not None,
         family=config.model.family,
         data=resolved.data.model_copy(update={"source": _absolute(resolved.data.source)}),
     )
@@ -183,18 +165,16 @@ def check_shape(config: Config, schema: DataSchema) -> None:
             )
 
 
-def prepare_ledger(
-    config: Config, place: LedgerPlace, registry: Registry, planned: Planned
-) -> tuple[dict[str, Any], str]:
+def prepare_ledger(config: Config, place: LedgerPlace, registry: Registry, mu_max: str) -> tuple[dict[str, Any], str]:
     """Make the ledger or check that the run fits the one there is; returns its GENESIS and public key."""
     privacy, population = config.privacy, Path(config.data.source).name
     if not place.ledger.exists():
+        place.ledger.parent.mkdir(parents=True, exist_ok=True)
         key = load_key(place.key) if place.key.exists() else create_key(place.key)
-        mu_max = "inf" if planned.plan is None else planned.plan.mu_max
         with PrivacyLedger.create(
             place.ledger,
             population=population,
-            epsilon="inf" if planned.plan is None else float(privacy.epsilon),
+            epsilon="inf" if privacy.epsilon == "none" else float(privacy.epsilon),
             delta=float(privacy.delta or 0),
             mu_max=mu_max,
             max_nodes_per_user=privacy.max_nodes_per_user,
@@ -237,15 +217,6 @@ def check_fits(ledger: PrivacyLedger, config: Config, registry: Registry, place:
         )
     if recorded is None or recorded["digest"] != registry.digest:
         registry.save(place.registry)
-
-
-def affordable_rounds(ledger: PrivacyLedger, noise_multiplier: str) -> float:
-    """How many more releases with this noise the ledger's budget allows."""
-    if ledger.limit_units == math.inf:
-        return math.inf
-    if is_noiseless(noise_multiplier):
-        return 0
-    return max(0, int(ledger.limit_units - ledger.spent_units) // cost_units(noise_multiplier))
 
 
 def run_engine(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
@@ -309,6 +280,7 @@ def evaluated(
     }
     folder.evaluation.mkdir(exist_ok=True)
     write_durably(folder.evaluation / "results.json", json.dumps(results, indent=1).encode())
+    write_reports(folder.root)
     return results
 
 

@@ -16,15 +16,12 @@ from hypothesis import strategies as st
 from common.errors import UmbelError
 from privacy.accounting import (
     check_agreement,
-    epsilon_curve,
     gdp_epsilon,
-    plan,
     pld_epsilon,
     rdp_epsilon,
     spent,
     total_mu,
 )
-from privacy.participation import max_contributions
 
 ACCOUNTANTS = [gdp_epsilon, pld_epsilon, rdp_epsilon]
 
@@ -152,30 +149,6 @@ def test_without_noise_every_number_is_infinite():
 def test_total_mu_is_rounded_up():
     """Four contributions at z = 2 from each of three nodes are mu = 3, and never below."""
     assert 3.0 <= total_mu(["2"] * 4, 3) <= 3.0 * (1 + 1e-15)
-
-
-@pytest.mark.parametrize("s", [1, 3])
-def test_plan_spends_the_budget(s):
-    """The plan's last round comes to the budget and not beyond; the filter admits just its rounds."""
-    actual = plan(2.0, 1e-6, 20, s)
-    assert actual.epsilon_by_round == epsilon_curve([actual.noise_multiplier] * 20, 1e-6, s)
-    assert list(actual.epsilon_by_round) == sorted(actual.epsilon_by_round)
-    assert 2.0 * (1 - 1e-6) < actual.epsilon_by_round[-1] <= 2.0
-    assert max_contributions(actual.mu_max, actual.noise_multiplier) == 20
-    assert float(actual.noise_multiplier) == pytest.approx(s * 7.0487 * math.sqrt(2), rel=1e-3)
-
-
-def test_plan_refuses_what_is_no_budget():
-    """Zero, infinite or NaN budgets and counts that are none are named."""
-    for arguments in (
-        (0.0, 1e-6, 1),
-        (math.inf, 1e-6, 1),
-        (math.nan, 1e-6, 1),
-        (1.0, 0.0, 1),
-        (1.0, 1e-6, 0),
-    ):
-        with pytest.raises(ValueError, match="Expected"):
-            plan(*arguments)
 
 
 def test_import_needs_no_accountant():

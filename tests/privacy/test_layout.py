@@ -149,7 +149,9 @@ def test_the_check_is_exact_at_the_boundary(grid_scale, share):
             layout = one_group(len(row), grid_scale, share)
             # dividing by s K and multiplying again must come back to the same integers for the test to mean anything
             scaled = np.array([row], np.float64) * signs / (share * grid_scale)
-            scaled = np.where(np.trunc(scaled * (share * grid_scale)) == row, scaled, np.nextafter(scaled, np.inf * signs))
+            scaled = np.where(
+                np.trunc(scaled * (share * grid_scale)) == row, scaled, np.nextafter(scaled, np.inf * signs)
+            )
             came_back = np.trunc(scaled * (share * grid_scale)).astype(np.int64).tolist()[0]
             (grid,) = to_grid((scaled,), layout).tolist()
             assert squared_norm(grid) <= radius**2
@@ -246,7 +248,14 @@ def test_torch_gives_the_same_integers(grid_scale):
 
 @pytest.mark.parametrize(
     ("shares", "grid_scale"),
-    [((0.8, 0.61), 2**16), ((1.1,), 2**16), ((0.0, 0.5), 2**16), ((-0.5,), 2**16), ((math.nan,), 2**16), ((0.5,), 2**17)],
+    [
+        ((0.8, 0.61), 2**16),
+        ((1.1,), 2**16),
+        ((0.0, 0.5), 2**16),
+        ((-0.5,), 2**16),
+        ((math.nan,), 2**16),
+        ((0.5,), 2**17),
+    ],
 )
 def test_refuses_layouts_without_a_guarantee(shares, grid_scale):
     """Shares must lie in (0, 1] with squares summing to 1 at most, and K must be one of the three."""
@@ -255,7 +264,9 @@ def test_refuses_layouts_without_a_guarantee(shares, grid_scale):
         Layout(groups=groups, grid_scale=grid_scale)
 
 
-@pytest.mark.parametrize("shares", [(0.8, 0.6), (0.979795897, 0.2), (0.8, 0.6000000008), (1.0,), (0.5, 0.5, 0.5, 0.500000001)])
+@pytest.mark.parametrize(
+    "shares", [(0.8, 0.6), (0.979795897, 0.2), (0.8, 0.6000000008), (1.0,), (0.5, 0.5, 0.5, 0.500000001)]
+)
 @pytest.mark.parametrize("grid_scale", GRID_SCALES)
 def test_every_layout_there_is_keeps_the_guarantee(shares, grid_scale):
     """If a layout can be made at all, its groups' balls together are within K: in integers, not to nine digits."""
