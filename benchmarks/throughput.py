@@ -20,9 +20,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from client import sources
 from common.config import load_config
+from server.settings import RunFolder
 from umbel.results import peak_memory_bytes
 from umbel.simulate import lay_out, run_engine
-from server.settings import RunFolder
 
 
 class Silent:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from weakref import WeakSet
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -16,17 +17,22 @@ SETTINGS_VARIABLE = "UMBEL_NODE_CONFIG"
 """Environment variable with the path of the node's settings, where Flower's node configuration does not name it."""
 
 app = ClientApp()
+_services: WeakSet[NodeService] = WeakSet()
 
 
 @lru_cache(maxsize=1024)
 def service_for(settings_path: str, index: int, num_nodes: int) -> NodeService:
     """The node's service, kept for the life of the process: data are read once."""
-    return NodeService(load_settings(settings_path), index, num_nodes)
+    service = NodeService(load_settings(settings_path), index, num_nodes)
+    _services.add(service)
+    return service
 
 
 def close_services() -> None:
-    """Forget all nodes of this process; for a simulation that has ended."""
+    """Close and forget all nodes of this process; for a simulation that has ended."""
     service_for.cache_clear()
+    while _services:
+        _services.pop().close()
 
 
 @app.query("identity")

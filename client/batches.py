@@ -14,7 +14,7 @@ import numpy.typing as npt
 from array_api_compat import array_namespace
 
 from common.data import DataSchema, DenseFeatures, ItemFeatures, Population
-from common.linalg import apply, apply_transposed, dot, transpose
+from common.linalg import apply_transposed, dot, transpose
 from common.model import IntArray
 
 Array = Any
@@ -71,9 +71,8 @@ class Design:
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes beyond the population's own arrays."""
-        own = [array for array in (self.X, self.y, self.weight) if array.base is None]
-        return int(sum(array.nbytes for array in own) + 2 * self.X[:, 0, :].nbytes)
+        """Memory it takes, views of the population included."""
+        return int(self.X.nbytes + self.y.nbytes + self.weight.nbytes + 2 * self.X[:, 0, :].nbytes)
 
     @cached_property
     def cross(self) -> Array:
@@ -232,11 +231,13 @@ def design_of(population: Population, chunk: Chunk) -> Design:
         rows = np.where(present, starts[:, None] + place, 0).ravel()
     if len(population.y) == 0:
         return Design(X=np.zeros((n, m, d)), y=np.zeros((n, m)), weight=np.zeros((n, m)), count=np.zeros(n))
-    weight = np.broadcast_to(1.0, (n, m)) if population.weight is None else population.weight[rows].reshape(n, m)
+    weight = np.ones((n, m)) if population.weight is None else population.weight[rows].reshape(n, m)
+    X = population.features.rows(rows).reshape(n, m, d)
     if not present.all():
-        weight = np.where(present, weight, 0.0)
+        # zeros, not weight alone: 0 times another user's overflow would be NaN
+        weight, X = np.where(present, weight, 0.0), np.where(present[:, :, None], X, 0.0)
     return Design(
-        X=population.features.rows(rows).reshape(n, m, d),
+        X=X,
         y=population.y[rows].reshape(n, m),
         weight=weight,
         count=weight.sum(axis=1),

@@ -12,12 +12,13 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from client.batches import Batch
-from client.personalize import Solution, log_prior_odds
+from client.personalize import Choice, Solution, evidence_gain, log_prior_odds
 from common.families import Family, expit
 from common.model import SharedModel
 from privacy.layout import Layout, clip_to_ball, scalars_to_ball, to_grid
 
 Array = Any
+_LEAST_REMAINDER = 1e-9
 RELIABILITY_EXAMPLES = 10.0
 """A user's scalars count m / (m + 10): how far m examples determine that user."""
 
@@ -29,11 +30,11 @@ def marginal_gradient(solution: Solution) -> Array:
     d/dbeta = q.
     """
     xp = array_namespace(solution.w)
-    after, w = solution.after, solution.w
-    rows = xp.concat([after.rows, after.q[:, None, :]], axis=1)
+    marginal, w = solution.marginal, solution.w
+    rows = xp.concat([marginal.rows, marginal.q[:, None, :]], axis=1)
     # one product of each user's own: [-mixing, w; 0, 1] [rows; q]
     factors = xp.zeros((w.shape[0], w.shape[1] + 1, rows.shape[1]), dtype=w.dtype, device=w.device)
-    factors[:, :-1, :-1] = -after.mixing
+    factors[:, :-1, :-1] = -marginal.mixing
     factors[:, :-1, -1] = w
     factors[:, -1, -1] = 1.0
     return factors @ rows
@@ -64,15 +65,22 @@ def scalars(
 def _b_score(solution: Solution, model: SharedModel, sparsity: int) -> Array:
     """Derivative of the log evidence of the sparse part in log b_variance, per allowed nonzero, cut to [-1/2, 1/2].
 
-    Each feature is in or out with the prior odds of `log_prior_odds`; with gain g_j and responsibility
-    p_j = expit(g_j - odds), the derivative is sum_j p_j (v q_j^2 / (1 + v h_j)^2 - v h_j / (1 + v h_j)) / 2.
+    Each feature is in or out with the prior odds of `log_prior_odds`, given what the others explain: q_j and h_j are
+    the gradient and curvature without feature j, which for a feature that is in follow from those with it (Tipping and
+    Faul 2003, eq. 23). With gain g_j and p_j = expit(g_j - odds) the derivative is
+    sum_j p_j (v q_j^2 / (1 + v h_j)^2 - v h_j / (1 + v h_j)) / 2.
     """
     xp = array_namespace(solution.w)
-    q, h, v = solution.before.q, solution.before.curvature, model.b_variance
-    responsibility = expit(solution.gain - log_prior_odds(model.dimension, sparsity))
+    v, marginal = model.b_variance, solution.marginal
+    chosen = Choice(support=solution.support, probability=solution.probability)
+    # 1 - s h is 1 / (1 + s h_j) > 0, but for rounding where a feature is known almost exactly
+    without = 1 / xp.clip(1 - chosen.variance(model) * marginal.curvature, _LEAST_REMAINDER, None)
+    q, h = marginal.q * without, marginal.curvature * without
+    responsibility = expit(evidence_gain(q, h, v) - log_prior_odds(model.dimension, sparsity))
     spread = v * h
     slope = (v * q * q / (1 + spread) - spread) / (1 + spread) / 2
-    return xp.clip(xp.sum(responsibility * slope, axis=-1) / sparsity, -0.5, 0.5)
+    score = xp.clip(xp.sum(responsibility * slope, axis=-1) / sparsity, -0.5, 0.5)
+    return xp.where(xp.isnan(score), 0.0, score)
 
 
 def contribute(

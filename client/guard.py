@@ -21,7 +21,6 @@ from privacy.layout import GRID_SCALES, SCALARS
 from privacy.lines import ZERO_HEAD, Line, chain, replay, verify_line
 from privacy.participation import checked_noise_multiplier, cost_units, is_unlimited, limit_units
 
-
 _SHARE_SLACK = Fraction(1, 10**9)  # shares are rounded square roots; a user's norm is checked in integers
 
 

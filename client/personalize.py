@@ -20,7 +20,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from client.batches import Batch, Design
-from common.families import Family, expit
+from common.families import Family
 from common.linalg import apply, apply_transposed, dot, inverse_positive, one_hot, trace, transpose
 from common.model import PersonalState, SharedModel
 
@@ -30,7 +30,7 @@ SCALE_PRIOR = 10.0
 WHILE_TRAINING = 0.5
 """Least probability of being nonzero with which a feature enters b while U is being learned."""
 _NEWTON_STEPS = 6
-_NEWTON_STEPS_AFTER_CHOICE = 3
+_NEWTON_STEPS_AFTER_CHOICE = 6
 _STEP_SIZES = (0.1, 0.3, 1.0)
 _LEAST_CURVATURE = 1e-6
 
@@ -69,9 +69,7 @@ class Solution:
         b: `n x k`, 0 where unused.
         scale: `n`, tau.
         theta: `n x d`, beta + U w + b.
-        before: The marginal likelihood without b.
-        gain: `n x d`, log evidence that a first nonzero of b at each feature would gain; empty if `sparsity` is 0.
-        after: The marginal likelihood with b's active set.
+        marginal: The marginal likelihood, with w and the chosen features of b integrated out.
         precision: `n x (r+k) x (r+k)`, joint posterior precision of (w, b), or empty if not asked for.
         squared_error: `n`, posterior expectation of |y - X theta|^2.
     """
@@ -82,9 +80,7 @@ class Solution:
     b: Array
     scale: Array
     theta: Array
-    before: Marginal
-    gain: Array
-    after: Marginal
+    marginal: Marginal
     precision: Array
     squared_error: Array
 
@@ -134,8 +130,8 @@ def evidence_gain(q: Array, curvature: Array, b_variance: float) -> Array:
     For gradient q_j and curvature h_j: (v q_j^2 / (1 + v h_j) - log(1 + v h_j)) / 2, v the prior variance.
     """
     xp = array_namespace(q)
-    spread = b_variance * curvature
-    return (b_variance * q * q / (1 + spread) - xp.log1p(spread)) / 2
+    ratio = 1 + b_variance * curvature
+    return (b_variance / 2) * q * q / ratio - xp.log(ratio) / 2
 
 
 def solve(
@@ -163,12 +159,12 @@ def solve(
     xp = array_namespace(model.U)
     s2 = model.noise_variance
     low_rank, before = _eliminate(batch, model, with_curvature=sparsity > 0)
-    chosen, gain, after = _pursue(
+    chosen, after = _pursue(
         batch, model, low_rank, before, sparsity=sparsity, least_probability=least_probability, choice=choice
     )
     # posterior means are prior covariance times the gradient of the log marginal likelihood
-    w = low_rank.scale[:, None] * (after.q @ model.U) if sparsity else low_rank.w
-    theta = model.beta[None, :] + w @ transpose(model.U)
+    w = low_rank.scale[:, None] * apply(transpose(model.U), after.q) if sparsity else low_rank.w
+    theta = model.beta[None, :] + apply(model.U, w)
     # E|y - X theta|^2 = |y - X E theta|^2 + s2 (tr(tau U'HU) + sum of H_jj times b's prior variance)
     spread = trace(after.mixing @ (after.rows @ model.U))
     b = w[:, :0]
@@ -188,9 +184,7 @@ def solve(
         b=b,
         scale=low_rank.scale,
         theta=theta,
-        before=before,
-        gain=gain,
-        after=after,
+        marginal=after,
         precision=_precision(batch, low_rank, chosen, model) if with_precision else low_rank.K[:, :0, :0],
         squared_error=squared_error,
     )
@@ -202,7 +196,7 @@ def _eliminate(batch: Batch, model: SharedModel, *, with_curvature: bool) -> tup
     U, s2, r = model.U, model.noise_variance, model.rank
     moments = batch.products(xp.concat([transpose(U), model.beta[None, :]], axis=0))
     UG, e = moments[:, :r, :], batch.cross - moments[:, r, :]
-    K, h = (UG @ U) / s2, (e @ U) / s2
+    K, h = (UG @ U) / s2, apply(transpose(U), e) / s2
     A, scale = _scale_by_em(K, h)
     w = apply(A, h)
     curvature = batch.diagonal / s2 - xp.sum((A @ UG) * UG, axis=1) / s2**2 if with_curvature else e[:, :0]
@@ -232,12 +226,8 @@ def _pursue(
     sparsity: int,
     least_probability: float,
     choice: Choice | None,
-) -> tuple[Choice, Array, Marginal]:
-    """Add features to b one by one, the most probable first; exact rank-one updates.
-
-    Returns:
-        The choice, `n x d` gains of a first nonzero (empty if `sparsity` is 0), and the marginal with b.
-    """
+) -> tuple[Choice, Marginal]:
+    """Add features to b one by one, the most probable first; exact rank-one updates."""
     xp = array_namespace(before.q)
     d, r, s2, v = model.dimension, model.rank, model.noise_variance, model.b_variance
     n = before.q.shape[0]
@@ -245,31 +235,29 @@ def _pursue(
     support = xp.full((n, sparsity), -1, dtype=xp.int64, device=before.q.device)
     probability = xp.zeros((n, sparsity), **like)
     if not sparsity:
-        return Choice(support=support, probability=probability), before.q[:, :0], before
+        return Choice(support=support, probability=probability), before
     odds = log_prior_odds(d, sparsity)
     users = xp.arange(n, device=before.q.device)
     features = xp.arange(d, device=before.q.device)[None, :]
     q, curvature = before.q, before.curvature
     taken = xp.zeros((n, d), dtype=xp.bool, device=before.q.device)
-    gain = first_gain = evidence_gain(q, curvature, v)
     # H = G / s2 - left' right, a row for each direction that is integrated out: first w's, then b's
     left, right = xp.zeros((n, r + sparsity, d), **like), xp.zeros((n, r + sparsity, d), **like)
     left[:, :r, :] = low_rank.UG / s2**2
     right[:, :r, :] = low_rank.A @ low_rank.UG
     for step in range(sparsity):
         if choice is None:
-            if step:
-                gain = xp.where(taken, -xp.inf, evidence_gain(q, curvature, v))
+            gain = xp.where(taken, -xp.inf, evidence_gain(q, curvature, v))
             best = xp.argmax(gain, axis=-1)
-            probable = expit(gain[users, best] - odds)
+            probable = 1 / (1 + xp.exp(odds - gain[users, best]))  # a gain is never far below zero
             pick = xp.where(probable >= least_probability, best, -1)  # never where it is NaN
         else:
             pick, probable = choice.support[:, step], choice.probability[:, step]
         used = pick >= 0
         if not xp.any(used):
-            continue
+            break  # nor will any later feature be, for anybody
         at = pick * used  # an unused pick reads feature 0, to no effect
-        probable = xp.where(used, probable, xp.zeros_like(probable))
+        probable = xp.where(used, probable, 0.0)
         support[:, step], probability[:, step] = pick, probable
         here = r + step
         column = batch.column(at) / s2 - apply_transposed(right[:, :here, :], left[users, :here, at])
@@ -281,6 +269,7 @@ def _pursue(
         left[:, here, :] = scaled
         right[:, here, :] = column
         taken = taken | (features == pick[:, None])
+    # all rows, also unused ones: a product's shape, and so its rounding, must not depend on who else is in the batch
     lowering = transpose(left[:, r:, :] @ model.U) * low_rank.scale[:, None, None]
     after = Marginal(
         q=q,
@@ -288,7 +277,7 @@ def _pursue(
         rows=xp.concat([before.rows, right[:, r:, :]], axis=1),
         mixing=xp.concat([before.mixing, -lowering], axis=2),
     )
-    return Choice(support=support, probability=probability), first_gain, after
+    return Choice(support=support, probability=probability), after
 
 
 def _precision(batch: Batch, low_rank: _LowRank, chosen: Choice, model: SharedModel) -> Array:
@@ -352,7 +341,11 @@ def personalize(
         for _ in range(_NEWTON_STEPS_AFTER_CHOICE):
             point = _newton_step(batch, model, family, point, chosen)
     working = _working(batch, model, family, point)
-    return solve(working, model, sparsity=sparsity, choice=chosen, with_precision=with_precision)
+    solution = solve(working, model, sparsity=sparsity, choice=chosen, with_precision=with_precision)
+    # what is kept is a point whose posterior was checked, not the last Newton step, which may overshoot
+    point = _newton_step(batch, model, family, point, chosen)
+    b = xp.take_along_axis(point.b, xp.clip(solution.support, 0, None), axis=-1) * (solution.support >= 0)
+    return replace(solution, w=point.w, b=b, theta=point.theta(model))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -395,6 +388,6 @@ def _newton_step(batch: Design, model: SharedModel, family: Family, point: _Poin
     best = point
     for step in _STEP_SIZES:  # increasing: the last that passes stays
         candidate = point.towards(target, step)
-        better = (objective(candidate) <= start)[:, None]
+        better = (objective(candidate) <= start * (1 + 1e-12))[:, None]  # rounding must not refuse the last steps
         best = _Point(w=xp.where(better, candidate.w, best.w), b=xp.where(better, candidate.b, best.b))
     return best

@@ -1,8 +1,10 @@
 """Small files that are either the old bytes or the new ones, and arrays with public facts beside them."""
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,20 @@ from safetensors.numpy import load, save
 from common.errors import StorageError, UmbelError
 
 _FACTS = "facts"
+_STAGING = ".tmp"
+_REMEDIES = dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST), "Choose a place that can be written to."
+)
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn what the file system raises into a `StorageError` that names `path` and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "Make room or mend the disk, then resume.")
+        raise StorageError(f"Expected to write {path}, got {error.strerror}. {remedy}") from error
 
 
 def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -22,24 +38,74 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     Raises:
         StorageError: If the disk fails; `path` is what it was.
     """
-    staging = path.with_name(f".{path.name}.tmp")
-    try:
-        descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-        directory = os.open(path.parent, os.O_RDONLY)
+    staging = path.with_name(f".{path.name}{_STAGING}")
+    with storing(path):
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise StorageError(
-            f"Expected to write {path}, got {error.strerror}. Make room or mend the disk, then resume."
-        ) from error
+            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staging, path)
+            _sync_directory(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                staging.unlink()
+            raise
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file and fsync it.
+
+    Raises:
+        StorageError: If the disk fails; `path` holds whole lines still, with or without this one.
+    """
+    with storing(path), path.open("ab", buffering=0) as file:
+        length = file.tell()
+        rest = line + b"\n"
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(length)
+            raise
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a crash left staged in `folder`.
+
+    Raises:
+        StorageError: If the disk fails.
+    """
+    with storing(folder):
+        for staging in folder.glob(f".*{_STAGING}"):
+            staging.unlink(missing_ok=True)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off what a crash left of a last line.
+
+    Raises:
+        StorageError: If the disk fails.
+    """
+    with storing(path):
+        if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def make_folder(path: Path, *, mode: int = 0o777) -> None:
+    """Make a folder where there is none, and those above it, so that they survive a crash.
+
+    Raises:
+        StorageError: If it cannot be made.
+    """
+    with storing(path):
+        for folder in reversed([entry for entry in (path, *path.parents) if not entry.exists()]):
+            folder.mkdir(mode=mode if folder == path else 0o777, exist_ok=True)
+            _sync_directory(folder.parent)
+        path.mkdir(exist_ok=True)  # an error where a file has the name
 
 
 def pack(arrays: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -> bytes:
@@ -63,3 +129,11 @@ def unpack(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         raise UmbelError(f"Expected a file at {path}, got {error.strerror}.") from error
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UmbelError(f"Expected {path} as umbel wrote it, got something else. Restore or remove it.") from error
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

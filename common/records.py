@@ -58,7 +58,7 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         header = parsed["header"]
         if isinstance(header, dict) and position == len(data) and encode(header, arrays) == data:
             return header, arrays
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError, OverflowError):
         pass
     raise Refused("malformed", f"Expected one canonical record, got {len(data)} bytes that are not.")
 

@@ -12,6 +12,7 @@ most K in L2 norm, exactly, in integers, whatever the input holds.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,8 @@ class Layout:
             raise ValueError(f"Expected groups of at least one coordinate, got groups={self.groups}.")
         if self.grid_scale not in GRID_SCALES:
             raise ValueError(f"Expected grid_scale in {GRID_SCALES}, got grid_scale={self.grid_scale}.")
+        if sum(self.limit(group) for group in self.groups) > self.norm_limit():
+            raise ValueError(f"Expected shares whose squares sum to 1 at most, got groups={self.groups}.")
 
     @property
     def size(self) -> int:
@@ -82,6 +85,10 @@ class Layout:
     def radius(self, group: Group) -> int:
         """Radius of the group's ball on the grid, floor(s_g K); the bound of each of its coordinates."""
         return math.floor(group.share * self.grid_scale)
+
+    def limit(self, group: Group) -> int:
+        """Largest squared norm of the group's integers, floor(s_g^2 K^2), of the share as its decimals say."""
+        return math.floor(Fraction(str(group.share)) ** 2 * self.grid_scale**2)
 
     def norm_limit(self) -> int:
         """K^2, the largest squared norm of one user's integers."""
@@ -169,11 +176,11 @@ def to_grid(blocks: Sequence[Array], layout: Layout) -> Array:
     columns = []
     good = xp.ones(blocks[0].shape[:1], dtype=xp.bool, device=blocks[0].device)
     for block, group in zip(blocks, layout.groups, strict=True):
-        radius = layout.radius(group)
+        radius, limit = layout.radius(group), layout.limit(group)
         scaled = block * (group.share * layout.grid_scale)
-        q, fits = _truncate(scaled, radius)
+        q, fits = _truncate(scaled, radius, limit)
         if not xp.all(fits):
-            shrunk, fits_shrunk = _truncate(scaled * _SHRINK, radius)
+            shrunk, fits_shrunk = _truncate(scaled * _SHRINK, radius, limit)
             q, fits = xp.where(fits[:, None], q, shrunk), fits | fits_shrunk
         columns.append(q)
         good = good & fits
@@ -181,8 +188,8 @@ def to_grid(blocks: Sequence[Array], layout: Layout) -> Array:
     return grid if xp.all(good) else xp.where(good[:, None], grid, xp.zeros_like(grid))
 
 
-def _truncate(scaled: Array, radius: int) -> tuple[Array, Array]:
-    """Toward zero, as int64, and whether |q_j| <= radius for all j and the sum of squares <= radius^2, exactly.
+def _truncate(scaled: Array, radius: int, limit: int) -> tuple[Array, Array]:
+    """Toward zero, as int64, and whether |q_j| <= radius for all j and the sum of squares <= limit, exactly.
 
     Nothing is converted that is NaN or too large to be an integer. Up to radius 2^26 the squares are summed in
     float64, which is exact: the terms are integers, and a partial sum that reaches 2^53 is beyond any limit already.
@@ -194,12 +201,12 @@ def _truncate(scaled: Array, radius: int) -> tuple[Array, Array]:
     whole = xp.trunc(scaled)
     q = xp.astype(whole, xp.int64)
     if radius <= _FLOAT_EXACT_RADIUS:
-        return q, convertible & (dot(whole, whole) <= float(radius**2))
-    return q, convertible & _within_in_limbs(q, radius)
+        return q, convertible & (dot(whole, whole) <= float(limit))
+    return q, convertible & _within_in_limbs(q, limit)
 
 
-def _within_in_limbs(q: Array, radius: int) -> Array:
-    """Whether each row's squares sum to at most radius^2, in two limbs of 2^15: q = high 2^15 + low.
+def _within_in_limbs(q: Array, limit: int) -> Array:
+    """Whether each row's squares sum to at most `limit`, in two limbs of 2^15: q = high 2^15 + low.
 
     Entries are at most 2^30 + 1 in size, so every limb's sum stays below 2^63 for up to 2^30 coordinates.
     """
@@ -210,7 +217,7 @@ def _within_in_limbs(q: Array, radius: int) -> Array:
     rest = (cross & 0x7FFF) * 2**15 + xp.sum(low * low, axis=-1)
     top = xp.sum(high * high, axis=-1) + (cross >> 15) + (rest >> 30)
     rest = rest & (2**30 - 1)
-    limit_top, limit_rest = radius**2 >> 30, radius**2 & (2**30 - 1)
+    limit_top, limit_rest = limit >> 30, limit & (2**30 - 1)
     return (top < limit_top) | ((top == limit_top) & (rest <= limit_rest))
 
 
@@ -224,7 +231,7 @@ def sum_is_possible(total: Any, num_users: int, layout: Layout) -> bool:
     start = 0
     for group in layout.groups:
         block = [int(value) for value in total[start : start + group.size]]
-        if sum(value * value for value in block) > (num_users * layout.radius(group)) ** 2:
+        if sum(value * value for value in block) > num_users**2 * layout.limit(group):
             return False
         start += group.size
     return True

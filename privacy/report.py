@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import platform
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +27,7 @@ from privacy.ledger_state import Event, Round
 from privacy.lines import parse_line
 from privacy.mechanism import delta_fp
 from privacy.participation import is_noiseless, is_unlimited, max_contributions
-from privacy.rounding import rounded_up
+from privacy.promise import promise_of_ledger, reasons_against
 
 FORMAT = 1
 """Of `report.json`."""
@@ -212,19 +211,14 @@ class PrivacyReport:
         """What is promised to whom, in one sentence."""
         if self.verification.status == "failed":
             return f"Nothing can be said about the users of “{self.population}”: the ledger does not verify."
-        if self.not_private:
-            return f"No user of “{self.population}” is promised anything: {'; '.join(self.not_private)}."
-        if not self.rounds:
-            return f"Nothing has been released about the users of “{self.population}” from this ledger yet."
-        several = self.max_nodes_per_user > 1
-        nodes = f", who may be a user of up to {self.max_nodes_per_user} nodes" if several else ""
-        return (
-            f"Everything released about the users of “{self.population}” so far, counting the whole ledger "
-            f"({counted(len(self.rounds), 'charged round')} of {counted(len(self.runs), 'run')}), is differentially "
-            f"private for each single {self.unit} with ε = {rounded_up(self.spent.epsilon)} and "
-            f"δ = {rounded_up(self.spent.delta)}: all data of any one {self.unit}{nodes}, in all rounds, is compared "
-            f"with a contribution of zeros (the {self.neighboring_relation} relation), and the server that adds the "
-            "noise is trusted (central trust)."
+        return promise_of_ledger(
+            self.spent.epsilon,
+            self.spent.delta,
+            population=self.population,
+            rounds=len(self.rounds),
+            runs=len(self.runs),
+            max_nodes_per_user=self.max_nodes_per_user,
+            reasons_against=self.not_private,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -300,11 +294,6 @@ def read_evaluation(run_root: Path) -> dict[str, Any] | None:
     return dict(found)
 
 
-def counted(count: int, thing: str) -> str:
-    """`1 round`, `2 rounds`."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
 def _report(
     ledger: Path,
     checked: Verification,
@@ -325,7 +314,7 @@ def _report(
         for number, entry in enumerate(checked.rounds, 1)
     )
     total = _spent(multipliers, delta, s)
-    reasons = _reasons(checked)
+    reasons = reasons_against(checked.events, genesis["mu_max"])
     return PrivacyReport(
         not_private=reasons,
         population=genesis["population"],
@@ -369,24 +358,6 @@ def _verified(ledger: Path, checked: Verification, releases_found: int | None) -
         last_time=parse_line(lines[checked.sequence]).time,
         releases_found=releases_found,
     )
-
-
-def _reasons(checked: Verification) -> tuple[str, ...]:
-    """Why the rounds of a ledger promise nothing."""
-    sources = Counter(str(event["noise"]) for event in checked.events)
-    total = sum(sources.values())
-    reasons = []
-    if sources["none"]:
-        reasons.append(f"{sources['none']:,} of {counted(total, 'charged round')} had no noise")
-    if sources["seeded (NOT PRIVATE)"]:
-        count = sources["seeded (NOT PRIVATE)"]
-        reasons.append(
-            f"{count:,} of {counted(total, 'charged round')} drew the noise from a seed, "
-            "and whoever knows the seed can subtract it"
-        )
-    if not reasons and is_unlimited(checked.genesis["mu_max"]):
-        reasons.append("the ledger has no budget, so nothing limits what will be released")
-    return tuple(reasons)
 
 
 def _round_facts(number: int, entry: Round, mu_max: str, attendance: Mapping[int, Attendance]) -> RoundFacts:

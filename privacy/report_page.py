@@ -16,8 +16,8 @@ from common.errors import StorageError
 from common.files import write_durably
 from privacy.disclosure import EVALUATION_NOTICE
 from privacy.plots import ErrorRow, epsilon_plot, error_plot
-from privacy.report import PrivacyReport, RoundFacts, counted, read_evaluation, report_of, shown_rounds
-from privacy.rounding import rounded_up
+from privacy.report import PrivacyReport, RoundFacts, read_evaluation, report_of, shown_rounds
+from privacy.rounding import counted, rounded_up
 
 _METHODS = {
     "low_rank": ("without personal sparse parts", "the same noise"),
@@ -106,7 +106,6 @@ def render(report: PrivacyReport, evaluation: Mapping[str, Any] | None = None) -
         report=report,
         spent=report.spent,
         checked=report.verification,
-        factor=_factor(report.spent.epsilon),
         budget=f"{report.budget_epsilon:g}" if math.isfinite(report.budget_epsilon) else "none",
         epsilon_svg=_epsilon_svg(report),
         constant=[column for column in columns if _is_constant(column)],
@@ -116,11 +115,6 @@ def render(report: PrivacyReport, evaluation: Mapping[str, Any] | None = None) -
         evaluation=_evaluation_view(evaluation) if evaluation else None,
         notice=EVALUATION_NOTICE,
     )
-
-
-def _factor(epsilon: float) -> str | None:
-    """e^epsilon as people read it, None where it says nothing."""
-    return rounded_up(math.exp(epsilon), 3) if epsilon < 20 else None
 
 
 def _epsilon_svg(report: PrivacyReport) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from common.data import DataSchema
-from common.files import pack, unpack, write_durably
+from common.files import make_folder, pack, storing, unpack, write_durably
 from common.model import SharedModel
 from server.rounds import ServerState
 
@@ -17,7 +17,7 @@ def save_state(folder: Path, state: ServerState, sequence: int) -> None:
     Raises:
         StorageError: If the disk fails; the newest checkpoint that was there still is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     arrays = {
         "beta": state.model.beta,
         "U": state.model.U,
@@ -35,8 +35,9 @@ def save_state(folder: Path, state: ServerState, sequence: int) -> None:
         "noise_variance": state.model.noise_variance,
     }
     write_durably(folder / f"{sequence:09d}.safetensors", pack(arrays, facts))
-    for old in sorted(folder.glob("*.safetensors"))[:-_KEPT]:
-        old.unlink()
+    with storing(folder):
+        for old in sorted(folder.glob("*.safetensors"))[:-_KEPT]:
+            old.unlink()
 
 
 def load_state(folder: Path) -> tuple[ServerState, int] | None:

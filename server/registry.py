@@ -30,6 +30,15 @@ class Registry:
 
     nodes: tuple[RegisteredNode, ...]
 
+    def __post_init__(self) -> None:
+        """Check what counting users rests on.
+
+        Raises:
+            ValueError: If a name is there twice or a node hosts nobody.
+        """
+        if len({node.name for node in self.nodes}) < len(self.nodes) or any(node.users < 1 for node in self.nodes):
+            raise ValueError("Expected each node once and with users, got another registry.")
+
     @property
     def population_size(self) -> int:
         """Users in all."""

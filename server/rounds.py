@@ -122,6 +122,8 @@ def apply_round(
     unit_mean, scalar_mean = split_groups(noised, layout, denominator)
     gradient = clipping_norm * unit_mean.reshape(r + 1, d).T
     noise_stddev = noise_multiplier * clipping_norm / (layout.groups[0].share * denominator)
+    # the true mean is no longer than C: noise that is cannot be signal, and would feed back through the metric
+    gradient = gradient * min(1.0, clipping_norm / max(float(np.linalg.norm(gradient)), clipping_norm))
     signal = _signal_share(gradient, noise_stddev)
     elapsed = state.elapsed + max(1 - signal, _LEAST_PROGRESS)
     step = 1 / (1 + _STEP_DECAY * elapsed)

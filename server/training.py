@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.errors import Refused, UmbelError
-from common.files import pack, unpack, write_durably
+from common.errors import BudgetExhausted, Refused, StorageError, UmbelError
+from common.files import append_line, clear_leftovers, cut_torn_line, make_folder, pack, unpack, write_durably
 from common.model import IntArray
 from common.records import Broadcast, Contribution, decode
 from privacy.entropy import NoiseSource, NoNoise, SeededNoise, SystemNoise
@@ -47,6 +47,7 @@ ROUNDS_LOG = logging.getLogger("umbel.rounds")
 SCALARS_SHARE = 0.2
 """s_g of the scalars: 4 % of the squared norm, which costs the gradient 2 % of its noise."""
 _STARTUP_SECONDS = 120.0
+_PAUSE_SECONDS = 0.2
 _SIGNIFICANT_DIGITS = 12
 
 
@@ -97,13 +98,19 @@ def train(
         The final state; the last model is in the release folder.
 
     Raises:
-        BudgetExhausted: Before anything is asked, if the next round would exceed the budget.
+        BudgetExhausted: Before anything is asked, if the next round would exceed the budget: another run has charged
+            the ledger meanwhile. The model of the rounds before is in the release folder.
         StorageError: If a disk failed; the run can be resumed.
     """
     loop = _Loop(settings, ledger, registry, nodes, sign)
     loop.recover()
-    while loop.rounds_left > 0:
-        loop.next_round()
+    try:
+        while loop.rounds_left > 0:
+            loop.next_round()
+    except BudgetExhausted:
+        if loop.sequence >= 0:
+            loop.finish()
+        raise
     loop.finish()
     return loop.state
 
@@ -131,7 +138,7 @@ class _Loop:
         )
         self.acknowledged: dict[int, int] = {}
         check_capacity(registry.population_size, self.layout.grid_scale)
-        settings.folder.rounds.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.folder.rounds)
         self.users = self._identify()
         self._start()
         self.state, self.sequence = load_state(settings.folder.checkpoints) or (_first_state(settings), -1)
@@ -160,17 +167,20 @@ class _Loop:
 
     def recover(self) -> None:
         """Apply the releases that are on disk but not in the checkpoint; commit one that was only staged."""
+        clear_leftovers(self.settings.folder.rounds)
+        cut_torn_line(self.settings.folder.metrics)
         for entry in self.ledger.rounds_of(self.settings.run):
+            path = self._release_path(entry.sequence)
             if entry.sequence <= self.sequence or entry.abort_code is not None:
                 continue
-            path = self._release_path(entry.sequence)
-            if entry.is_open:
-                if not path.exists():
-                    continue  # charged, and nothing came out
-                self.ledger.commit(entry.sequence, sha256(path.read_bytes()).hexdigest())
-            elif sha256(path.read_bytes()).hexdigest() != entry.release_digest:
-                raise UmbelError(f"Expected {path} as the ledger committed it, got other bytes. Restore the file.")
+            if entry.is_open and not path.exists():
+                continue  # charged, and nothing came out
             arrays, _ = unpack(path)
+            data = path.read_bytes()
+            if entry.is_open:
+                self._publish(data, entry.sequence)
+            elif sha256(data).hexdigest() != entry.release_digest:
+                raise UmbelError(f"Expected {path} as the ledger committed it, got other bytes. Restore the file.")
             self._apply(arrays["noised_sum"], entry.sequence, entry.event)
 
     def next_round(self) -> None:
@@ -198,9 +208,12 @@ class _Loop:
                 grid_scale=self.layout.grid_scale,
                 source=_noise(settings, reservation.sequence),
             )
-            self._publish(noised, reservation.sequence, event)
+            sequence = reservation.sequence
+            self._publish(pack({"noised_sum": noised}, {"sequence": sequence, "event": event}), sequence)
             self._apply(noised, reservation.sequence, event)
         self._report(server_round, len(node_ids), replies, time.perf_counter() - started)
+        if not replies.answered:
+            _check_disks(replies.refusals)
 
     def finish(self) -> None:
         """Publish the final model and the ledger's copy, and let the devices personalize with it."""
@@ -220,24 +233,32 @@ class _Loop:
         payload = self._broadcast("fold_in", 0, node_ids, None)
         refused = [a.code for a in self._answers(node_ids, "train.fold_in", payload) if a.code is not None]
         ROUNDS_LOG.info("fold_in", extra={"fold_in": {"nodes": len(node_ids), "refused": refused}})
+        if len(refused) == len(node_ids):
+            _check_disks(refused)
 
     def _identify(self) -> dict[int, int]:
         """Users by node number: ask nodes for their names until the registry is complete or time is up."""
         known: dict[int, int] = {}
-        users_of = self.registry.users_of()
+        unclaimed = self.registry.users_of()
+        named: set[int] = set()
+        refused: dict[int, str | None] = {}
         until = time.monotonic() + _STARTUP_SECONDS
-        asked: set[int] = set()
-        while len(known) < len(users_of) and time.monotonic() < until:
-            new = [node_id for node_id in self.nodes.node_ids() if node_id not in asked]
-            asked.update(new)
-            for answer in self.nodes.ask(new, "query.identity", b"", bytes(64), _STARTUP_SECONDS):
-                name = _name_in(answer)
-                if name in users_of and users_of[name] <= self.settings.config.privacy.max_users_per_node:
-                    known[answer.node_id] = users_of[name]
-            if not new:
-                time.sleep(0.2)
+        while unclaimed and (left := until - time.monotonic()) > 0:
+            unnamed = [node_id for node_id in self.nodes.node_ids() if node_id not in named]
+            for answer in self.nodes.ask(unnamed, "query.identity", b"", bytes(64), left):
+                refused[answer.node_id] = answer.code
+                if answer.payload is None:
+                    continue  # asked again: what is wrong there may be mended
+                named.add(answer.node_id)
+                users = unclaimed.pop(_name_in(answer), None)  # a name is taken once
+                if users is not None and users <= self.settings.config.privacy.max_users_per_node:
+                    known[answer.node_id] = users
+            if unclaimed:
+                time.sleep(_PAUSE_SECONDS)
         if not known:
-            raise UmbelError("Expected nodes of the registry to be connected, got none. Start them and resume.")
+            codes = sorted({code for code in refused.values() if code is not None})
+            said = f" that answers: {', '.join(codes)}" if codes else ""
+            raise UmbelError(f"Expected nodes of the registry to be connected, got none{said}. Start them and resume.")
         return known
 
     def _invited(self) -> list[int]:
@@ -284,9 +305,8 @@ class _Loop:
     def _release_path(self, sequence: int) -> Path:
         return self.settings.folder.rounds / f"{sequence:09d}.safetensors"
 
-    def _publish(self, noised: IntArray, sequence: int, event: dict[str, Any]) -> None:
+    def _publish(self, data: bytes, sequence: int) -> None:
         """Stage, fsync, rename; then COMMIT. Only noised integers ever touch the disk."""
-        data = pack({"noised_sum": noised}, {"sequence": sequence, "event": event})
         write_durably(self._release_path(sequence), data)
         self.ledger.commit(sequence, sha256(data).hexdigest())
 
@@ -322,8 +342,7 @@ class _Loop:
             "b_variance": self.state.model.b_variance,
             "seconds": seconds,
         }
-        with self.settings.folder.metrics.open("a") as file:
-            file.write(json.dumps(numbers) + "\n")
+        append_line(self.settings.folder.metrics, json.dumps(numbers).encode())
         ROUNDS_LOG.info("round", extra={"round": numbers})
 
 
@@ -360,7 +379,7 @@ class _Replies:
         if not sum_is_possible(contribution.total, loop.users[answer.node_id], loop.layout):
             raise Refused("malformed", "Expected a sum of clipped vectors, got one that cannot be.")
         self._counted.add(answer.node_id)
-        loop.acknowledged[answer.node_id] = min(contribution.acknowledged, self.sequence)
+        loop.acknowledged[answer.node_id] = min(max(contribution.acknowledged, -1), self.sequence)
         return contribution.total
 
 
@@ -412,6 +431,18 @@ def _name_in(answer: Answer) -> str:
         return str(decode(answer.payload)[0].get("name", ""))
     except Refused:
         return ""
+
+
+def _check_disks(codes: Iterable[str]) -> None:
+    """Stop where no node could store its answer: one round after the other would be charged for nothing.
+
+    Raises:
+        StorageError: If all refused for this reason.
+    """
+    if set(codes) == {"storage"}:
+        raise StorageError(
+            "Expected nodes that can store what they answer, got none: their disks failed. Make room, then resume."
+        )
 
 
 def _finite_or_none(value: float) -> float | None:

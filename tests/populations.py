@@ -86,9 +86,7 @@ def draw_user(
     return User(X=X, y=y, weight=weight)
 
 
-def draw_users(
-    rng: np.random.Generator, model: SharedModel, counts: Sequence[int], **options: Any
-) -> list[User]:
+def draw_users(rng: np.random.Generator, model: SharedModel, counts: Sequence[int], **options: Any) -> list[User]:
     """One user for each number of examples."""
     return [draw_user(rng, model, count, **options) for count in counts]
 

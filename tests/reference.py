@@ -42,6 +42,7 @@ class Posterior:
         w: `r`.
         b: `d`, zeros outside the support.
         support: Features in the order of their choice.
+        probability: Of being nonzero, for each of them.
         scale: tau.
         theta: `d`.
         q: `d`, X' Cov(y)^-1 (y - X beta).
@@ -53,6 +54,7 @@ class Posterior:
     w: Array
     b: Array
     support: tuple[int, ...]
+    probability: tuple[float, ...]
     scale: float
     theta: Array
     q: Array
@@ -61,73 +63,89 @@ class Posterior:
     squared_error: float
 
 
-def covariance(user: User, model: SharedModel, scale: float, support: Sequence[int]) -> Array:
-    """Cov(y) = s2 diag(1 / weight) + tau X U U'X' + b_variance X_S X_S'."""
-    noise = np.diag(model.noise_variance / user.weight)
-    XU, XS = user.X @ model.U, user.X[:, list(support)]
-    return noise + scale * XU @ XU.T + model.b_variance * XS @ XS.T
+def covariance(user: User, model: SharedModel, scale: float, b_prior: Array) -> Array:
+    """Cov(y) = s2 diag(1 / weight) + tau X U U'X' + X diag(b_prior) X', `b_prior` the `d` prior variances of b."""
+    XU = user.X @ model.U
+    return np.diag(model.noise_variance / user.weight) + scale * XU @ XU.T + (user.X * b_prior) @ user.X.T
 
 
-def log_evidence(user: User, model: SharedModel, scale: float, support: Sequence[int]) -> float:
+def log_evidence(user: User, model: SharedModel, scale: float, b_prior: Array) -> float:
     """Log density of y with w and b integrated out: N(X beta, Cov(y))."""
     if not len(user.y):
         return 0.0
-    C, e = covariance(user, model, scale, support), user.y - user.X @ model.beta
+    C, e = covariance(user, model, scale, b_prior), user.y - user.X @ model.beta
     return float(-0.5 * (e @ np.linalg.solve(C, e) + np.linalg.slogdet(C)[1] + len(e) * math.log(2 * math.pi)))
 
 
 def personal_scale(user: User, model: SharedModel, steps: int = 1) -> float:
     """tau after an EM step from 1 with 10 pseudo-observations around 1: E[w'w] by conditioning w on y."""
-    r, scale = model.U.shape[1], 1.0
+    d, r = model.U.shape
+    scale = 1.0
     for _ in range(steps):
         cross = scale * (user.X @ model.U)  # Cov(y, w)
-        gain = np.linalg.solve(covariance(user, model, scale, ()), cross).T
+        gain = np.linalg.solve(covariance(user, model, scale, np.zeros(d)), cross).T
         mean = gain @ (user.y - user.X @ model.beta)
         spread = scale * np.eye(r) - gain @ cross
         scale = (SCALE_PRIOR + float(mean @ mean) + float(np.trace(spread))) / (SCALE_PRIOR + r)
     return scale
 
 
-def choose_support(user: User, model: SharedModel, scale: float, sparsity: int) -> tuple[int, ...]:
-    """Greedily add the feature that raises the log evidence most, while it raises it by the log prior odds."""
+def choose(
+    user: User, model: SharedModel, scale: float, sparsity: int, least_probability: float
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Greedily add the feature whose b ~ N(0, b_variance) raises the log evidence most.
+
+    It enters with prior variance p b_variance, p = 1 / (1 + exp(odds - rise)) its probability of being nonzero, and
+    nothing more enters once that is below `least_probability`.
+    """
     d = len(model.beta)
     odds = math.log(max(d - sparsity, 1) / max(sparsity, 1))
-    support: tuple[int, ...] = ()
+    b_prior = np.zeros(d)
+    support: list[int] = []
+    probability: list[float] = []
     for _ in range(sparsity):
-        now = log_evidence(user, model, scale, support)
-        gains = {j: log_evidence(user, model, scale, (*support, j)) - now for j in range(d) if j not in support}
-        best = max(gains, key=lambda j: gains[j], default=None)
-        if best is None or not gains[best] > odds:
+        now = log_evidence(user, model, scale, b_prior)
+        rises = {
+            j: log_evidence(user, model, scale, b_prior + model.b_variance * np.eye(d)[j]) - now
+            for j in range(d)
+            if j not in support
+        }
+        best = max(rises, key=lambda j: rises[j])
+        p = 1 / (1 + math.exp(odds - rises[best]))
+        if p < least_probability:
             break
-        support = (*support, best)
-    return support
+        support.append(best)
+        probability.append(p)
+        b_prior[best] = p * model.b_variance
+    return tuple(support), tuple(probability)
 
 
-def posterior(user: User, model: SharedModel, sparsity: int) -> Posterior:
+def posterior(user: User, model: SharedModel, sparsity: int, least_probability: float = 0.0) -> Posterior:
     """Condition theta on y under the prior with the chosen support."""
     d, r = model.U.shape
     scale = personal_scale(user, model)
-    support = choose_support(user, model, scale, sparsity)
-    E = np.eye(d)[:, list(support)]
-    C = covariance(user, model, scale, support)
-    prior = scale * model.U @ model.U.T + model.b_variance * E @ E.T  # Cov(theta)
+    support, probability = choose(user, model, scale, sparsity, least_probability)
+    b_prior = np.zeros(d)
+    b_prior[list(support)] = model.b_variance * np.array(probability)
+    C = covariance(user, model, scale, b_prior)
+    prior = scale * model.U @ model.U.T + np.diag(b_prior)  # Cov(theta)
     e = user.y - user.X @ model.beta
     q = user.X.T @ np.linalg.solve(C, e)
-    H = user.X.T @ np.linalg.solve(C, user.X)
-    mean = model.beta + prior @ user.X.T @ np.linalg.solve(C, e)
+    mean = model.beta + prior @ q
     design = np.hstack([user.X @ model.U, user.X[:, list(support)]])
     information = design.T @ (user.weight[:, None] * design) / model.noise_variance
-    precision = information + np.diag([1 / scale] * r + [1 / model.b_variance] * len(support))
+    precision = information + np.diag([1 / scale] * r + [1 / b_prior[j] for j in support])
     residual = user.y - user.X @ mean
     squares = user.weight * (residual**2 + np.einsum("mp,pm->m", design, np.linalg.solve(precision, design.T)))
     return Posterior(
         w=scale * model.U.T @ q,
-        b=model.b_variance * E @ E.T @ q,
+        b=b_prior * q,
         support=support,
+        probability=probability,
         scale=scale,
         theta=mean,
         q=q,
-        H=H,
+        H=user.X.T @ np.linalg.solve(C, user.X),
         precision=precision,
         squared_error=float(squares.sum()),
     )
@@ -144,31 +162,35 @@ def finite_differences(function: Callable[[Array], float], at: Array, step: floa
     return gradient
 
 
-def marginal_gradient(user: User, model: SharedModel, scale: float, support: Sequence[int]) -> Array:
-    """`d x (r+1)`, gradient of the log evidence in (U, beta) at fixed tau and support, by finite differences."""
+def marginal_gradient(user: User, model: SharedModel, scale: float, b_prior: Array) -> Array:
+    """`d x (r+1)`, gradient of the log evidence in (U, beta) at fixed tau and b_prior, by finite differences."""
 
     def evidence(shared: Array) -> float:
         moved = SharedModel(
             beta=shared[:, -1], U=shared[:, :-1], b_variance=model.b_variance, noise_variance=model.noise_variance
         )
-        return log_evidence(user, moved, scale, support)
+        return log_evidence(user, moved, scale, b_prior)
 
     return finite_differences(evidence, np.column_stack([model.U, model.beta]))
 
 
-def logistic_objective(user: User, model: SharedModel, scale: float, w: Array, b: Array) -> float:
+def logistic_objective(user: User, model: SharedModel, *, scale: float, w: Array, b: Array, b_prior: Array) -> float:
     """Negative log posterior of (w, b) under logistic loss, up to a constant; b is written out in `d` numbers."""
     eta = user.X @ (model.beta + model.U @ w + b)
     loss = float(user.weight @ (np.logaddexp(0, eta) - user.y * eta))
-    return loss + float(w @ w) / (2 * scale) + float(b @ b) / (2 * model.b_variance)
+    inside = b_prior > 0
+    return loss + float(w @ w) / (2 * scale) + float((b[inside] ** 2 / b_prior[inside]).sum()) / 2
 
 
-def logistic_gradient(user: User, model: SharedModel, scale: float, w: Array, b: Array) -> tuple[Array, Array]:
-    """Gradient of `logistic_objective` in w (`r`) and in b (`d`; only the support's entries need be zero)."""
+def logistic_gradient(
+    user: User, model: SharedModel, *, scale: float, w: Array, b: Array, b_prior: Array
+) -> tuple[Array, Array]:
+    """Gradient of `logistic_objective` in w (`r`) and in b on its support."""
     eta = user.X @ (model.beta + model.U @ w + b)
     p = np.array([1 / (1 + math.exp(-t)) if t > 0 else math.exp(t) / (1 + math.exp(t)) for t in eta])
     slope = user.X.T @ (user.weight * (p - user.y))
-    return model.U.T @ slope + w / scale, slope + b / model.b_variance
+    inside = b_prior > 0
+    return model.U.T @ slope + w / scale, slope[inside] + b[inside] / b_prior[inside]
 
 
 def clipped_on_grid(x: Sequence[float], clipping_norm: float, share: float, grid_scale: int) -> list[Fraction]:

@@ -23,7 +23,7 @@ from privacy.ledger import PrivacyLedger
 from privacy.ledger_state import Round
 from privacy.lines import check_signature, parse_line
 from privacy.participation import cost_units, is_noiseless, is_unlimited, limit_units
-from umbel.promise import promise
+from privacy.promise import promise_of_ledger, reasons_against
 
 VERIFIED, OVER_BUDGET, FAILED, OWNER_NOT_VERIFIED = 0, 3, 4, 5
 """Exit codes of `umbel audit`."""
@@ -211,6 +211,7 @@ def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:
         losses = _losses([event["noise_multiplier"] for event in found.events], delta, s)
     except ValueError as error:
         raise UmbelError(str(error)) from error
+    reasons = reasons_against(found.events, genesis["mu_max"])
     return {
         "epsilon_budget": _finite(float(genesis["epsilon"])),
         "delta_budget": budget_delta,
@@ -219,8 +220,16 @@ def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:
         "unit": genesis["unit"],
         "neighboring_relation": genesis["neighboring_relation"],
         "max_nodes_per_user": s,
-        "not_private": not found.is_private or losses["epsilon"] is None,
-        "promise": promise(losses["epsilon"], delta, max_nodes_per_user=s, private=found.is_private),
+        "not_private": bool(reasons),
+        "promise": promise_of_ledger(
+            losses["epsilon"],
+            delta,
+            population=genesis["population"],
+            rounds=len(found.rounds),
+            runs=len(found.runs),
+            max_nodes_per_user=s,
+            reasons_against=reasons,
+        ),
     }
 
 

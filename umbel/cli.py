@@ -20,6 +20,7 @@ import click
 import typer
 
 from common.errors import BudgetExhausted, UmbelError
+from umbel.characters import spell_out
 
 _EXIT_CODES = """\b
 Exit codes:
@@ -85,6 +86,8 @@ def run(arguments: Sequence[str]) -> int:
     for name, value in _BEFORE_IMPORTS.items():
         os.environ.setdefault(name, value)
     os.environ.update(_QUIET)
+    spell_out(sys.stdout)
+    spell_out(sys.stderr)
     debug = "--debug" in arguments or os.environ.get("UMBEL_DEBUG", "") not in ("", "0")
     rest = [argument for argument in arguments if argument != "--debug"]
     try:

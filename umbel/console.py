@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from privacy.gaussian import epsilon_of_mu
-from umbel.promise import NOTHING_PROMISED, promise, rounded_down, rounded_up
+from privacy.promise import NOTHING_PROMISED, promise
+from privacy.rounding import counted, rounded_down, rounded_up
 
 _ROUNDS_LOG = "umbel.rounds"
 _MOST_LINES = 20
@@ -168,11 +169,11 @@ def show_results(results: Mapping[str, Any]) -> None:
     else:
         _say(
             console,
-            f"epsilon {rounded_up(privacy['epsilon'])} at delta {privacy['delta']:g} spent by the ledger, "
+            f"epsilon {rounded_up(privacy['epsilon'])} at delta {rounded_up(privacy['delta'])} spent by the ledger, "
             f"{rounded_up(privacy['replace_one_epsilon'])} under replace-one; "
             f"{privacy['rounds']} rounds at noise multiplier {privacy['noise_multiplier']:g}",
         )
-        _say(console, promise(privacy["epsilon"], privacy["delta"]))
+        _say(console, privacy["promise"])
     speed = results["users_per_second"]
     _say(
         console,
@@ -202,8 +203,11 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     if plan["epsilon"] is not None:
         console.print(_curve_table(plan, "█" if console.encoding.startswith("utf") else "#"))
     if not plan["not_private"]:
-        releases, s = f"the {plan['rounds']} releases of such a run", plan["max_nodes_per_user"]
-        _say(console, promise(plan["epsilon"], plan["delta"], max_nodes_per_user=s, releases=releases))
+        releases, s = (
+            f"Everything that such a run releases ({counted(plan['rounds'], 'round')})",
+            plan["max_nodes_per_user"],
+        )
+        _say(console, promise(releases, plan["epsilon"], plan["delta"], max_nodes_per_user=s))
     for note in plan["notes"]:
         _say(console, f"note: {note}")
 
@@ -232,10 +236,11 @@ def show_ledger(contents: Mapping[str, Any]) -> None:
     console, genesis = Console(), contents["genesis"]
     spent, budget = contents["epsilon_spent"], contents["epsilon_budget"]
     registry = contents["registry"] or {}
+    delta = rounded_up(contents["delta"])
     rows = {
         "ledger": contents["ledger"],
         "population": f"{genesis['population']}, {registry.get('population_size', 'no')} users registered",
-        "budget": f"epsilon {rounded_up(budget)} at delta {contents['delta']:g}, {genesis['neighboring_relation']}",
+        "budget": f"epsilon {rounded_up(budget)} at delta {delta}, {genesis['neighboring_relation']}",
         "spent": f"epsilon {rounded_up(spent)}",
         "head": contents["head"],
         "public key": contents["public_key"],
@@ -313,7 +318,7 @@ def _error_cell(value: float | None, best: float | None) -> Text:
 def _plan_rows(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "rounds", str(plan["rounds"])
     yield "noise multiplier", plan["noise_multiplier"]
-    yield "epsilon", f"{rounded_up(plan['epsilon'])} at delta {plan['delta']:g}"
+    yield "epsilon", f"{rounded_up(plan['epsilon'])} at delta {rounded_up(plan['delta'])}"
     yield "replace-one", f"epsilon {rounded_up(plan['replace_one_epsilon'])}"
     if plan["max_nodes_per_user"] > 1:
         yield "nodes per user", f"up to {plan['max_nodes_per_user']}"
@@ -321,7 +326,7 @@ def _plan_rows(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if ledger is None:
         return
     yield "ledger", f"{ledger['path']} of {ledger['population']}"
-    yield "spent there", f"epsilon {rounded_up(ledger['epsilon_spent'])} at delta {ledger['delta']:g}"
+    yield "spent there", f"epsilon {rounded_up(ledger['epsilon_spent'])} at delta {rounded_up(ledger['delta'])}"
     left = "no limit" if ledger["epsilon_left"] is None else f"epsilon {rounded_down(ledger['epsilon_left'])}"
     yield "left there", left if ledger["affordable_rounds"] is None else f"{left}, {ledger['affordable_rounds']} rounds"
     yield "this run", "fits" if ledger["fits"] else "DOES NOT FIT"
@@ -346,8 +351,8 @@ def _audit_rows(audit: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     if privacy is None:
         return
     yield "population", f"{audit['population']}, {audit['population_size'] or 'no'} users registered"
-    yield "budget", f"epsilon {rounded_up(privacy['epsilon_budget'])} at delta {privacy['delta_budget']:g}"
-    yield "spent", f"epsilon {rounded_up(privacy['epsilon'])} at delta {privacy['delta']:g} (exact Gaussian)"
+    yield "budget", f"epsilon {rounded_up(privacy['epsilon_budget'])} at delta {rounded_up(privacy['delta_budget'])}"
+    yield "spent", f"epsilon {rounded_up(privacy['epsilon'])} at delta {rounded_up(privacy['delta'])} (exact Gaussian)"
     if privacy["pld_epsilon"] is not None:
         yield "", f"{privacy['pld_epsilon']:.4g} by PLD, {privacy['rdp_epsilon']:.4g} by RDP"
     elif privacy["epsilon"] is not None:

@@ -1,6 +1,7 @@
 """A simulation from a configuration to a run folder: lay out, run the real apps on an engine, evaluate, report."""
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -9,18 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from client.app import SETTINGS_VARIABLE, close_services
+from client.app import SETTINGS_VARIABLE, close_services, service_for
 from client.settings import NodeSettings
 from client.sources import loaded, train_and_test
 from common.config import Config, load_config, to_toml
 from common.data import DataSchema, partition
 from common.errors import BudgetExhausted, UmbelError
-from common.files import write_durably
+from common.files import make_folder, write_durably
 from privacy.gaussian import epsilon_of_mu, replace_one
 from privacy.keys import create_key, load_key
 from privacy.ledger import PrivacyLedger
 from privacy.mechanism import check_delta_fp, delta_fp
 from privacy.participation import is_noiseless, mu_max_string
+from privacy.promise import promise_of_ledger, reasons_against
 from privacy.report_page import write_reports
 from server.checkpoint import load_model, save_schema
 from server.registry import Registry, registry_of
@@ -30,7 +32,10 @@ from umbel.evaluate import paired_difference
 from umbel.plan import affordable_rounds, least_noise, resolve_delta
 from umbel.results import baseline_section, error_section, evaluate, peak_memory_bytes
 
+CHECKOUT = Path(__file__).resolve().parent.parent
 _RUN_ID_DIGITS = 12
+_FIRST_LINE_BYTES = 2**16
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 class Progress(Protocol):
@@ -102,6 +107,11 @@ def lay_out(config: Config, progress: Progress) -> Config:
     train, test = train_and_test(config.data, config.model.family)
     schema = loaded(config.data, config.model.family).schema
     check_shape(config, schema)
+    if (config.training.engine, config.run.stores) == ("flower", "memory"):
+        raise UmbelError(
+            "Expected run.stores='files' with training.engine='flower', whose processes share a node's filters through "
+            "its file, got run.stores='memory'. Use files, or the in-process engine."
+        )
     if train.num_users < config.training.nodes:
         raise UmbelError(
             f"Expected training.nodes <= {train.num_users} users, "
@@ -111,9 +121,9 @@ def lay_out(config: Config, progress: Progress) -> Config:
         raise UmbelError("Expected training examples, got none. Lower data.test_fraction.")
     if test.num_examples == 0:
         progress.warn("nothing is held out, so no error will be computed; raise data.test_fraction for one.")
-    delta, notes = resolve_delta(config.privacy.delta, train.num_users)
-    for note in notes:
-        progress.warn(note)
+    delta, _ = resolve_delta(config.privacy.delta, train.num_users)
+    for warning in resolve_delta(delta, train.num_users)[1]:
+        progress.warn(warning)
     noise_multiplier, mu_max = noise_and_limit(config, delta)
     if not is_noiseless(noise_multiplier):
         size = contribution_layout(schema.dimension, config.model.rank, private=True).size
@@ -137,9 +147,9 @@ def lay_out(config: Config, progress: Progress) -> Config:
     genesis, public_key = prepare_ledger(resolved, place, registry, mu_max)
     if config.run.ledger is None and config.data.source != "synthetic":
         progress.warn("the ledger is new and counts this run only; name the population's own with --ledger PATH.")
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     save_schema(folder.schema, schema)
-    folder.nodes.mkdir(mode=0o700, exist_ok=True)
+    make_folder(folder.nodes, mode=0o700)
     nodes = NodeSettings(
         store=":memory:" if config.run.stores == "memory" else str(folder.nodes / "node-{partition}.sqlite"),
         public_key=public_key,
@@ -168,8 +178,8 @@ def check_shape(config: Config, schema: DataSchema) -> None:
 def prepare_ledger(config: Config, place: LedgerPlace, registry: Registry, mu_max: str) -> tuple[dict[str, Any], str]:
     """Make the ledger or check that the run fits the one there is; returns its GENESIS and public key."""
     privacy, population = config.privacy, Path(config.data.source).name
-    if not place.ledger.exists():
-        place.ledger.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_begun(place.ledger):
+        make_folder(place.ledger.parent)
         key = load_key(place.key) if place.key.exists() else create_key(place.key)
         with PrivacyLedger.create(
             place.ledger,
@@ -219,18 +229,28 @@ def check_fits(ledger: PrivacyLedger, config: Config, registry: Registry, place:
         registry.save(place.registry)
 
 
-def run_engine(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
-    """Run the ServerApp and the ClientApps; returns the public numbers of every round so far."""
+def run_engine(config: Config, folder: RunFolder, *, app_dir: Path = CHECKOUT) -> list[dict[str, Any]]:
+    """Run the ServerApp and the ClientApps to the end of the run, from wherever an earlier process left it.
+
+    Args:
+        config: As resolved.
+        folder: The run.
+        app_dir: Where Flower's engine takes the apps from: a checkout or an installed bundle.
+
+    Returns:
+        The public numbers of the run's rounds, without those of rounds in which a process was killed.
+    """
     settings_path = str(folder.nodes / "node.toml")
     if config.training.engine == "flower":
         from umbel import flower_engine  # noqa: PLC0415 (Ray's world only where it is asked for)
 
         flower_engine.run(
-            Path(__file__).resolve().parent.parent,
+            app_dir,
             num_nodes=config.training.nodes,
             run_config={"run-folder": str(folder.root)},
             log_file=folder.root / "flower.log",
-            env={SETTINGS_VARIABLE: settings_path},
+            # as `umbel.cli` does here; their number can change the last bits of a product of a thousand features
+            env={SETTINGS_VARIABLE: settings_path} | {name: os.environ.get(name, "1") for name in _BLAS_THREADS},
             on_line=_log_again,
         )
     else:
@@ -242,11 +262,15 @@ def run_engine(config: Config, folder: RunFolder) -> list[dict[str, Any]]:
         workers = min(config.training.nodes, os.cpu_count() or 1)
         run_config: dict[str, bool | float | int | str] = {"run-folder": str(folder.root)}
         try:
+            # Nodes only refuse; here, what is wrong with the data or a disk is said. It is also read once, not by all.
+            service_for(settings_path, 0, config.training.nodes)
             with InProcessGrid(client_app, nodes, run_config=run_config, workers=workers) as grid:
                 run_server_app(server_app, grid)
         finally:
             close_services()
-    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    # a run whose rounds all crashed before they were reported has no such file
+    lines = folder.metrics.read_bytes().splitlines() if folder.metrics.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def evaluated(
@@ -278,7 +302,7 @@ def evaluated(
         "users_per_second": population / statistics.median(seconds) if seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    folder.evaluation.mkdir(exist_ok=True)
+    make_folder(folder.evaluation)
     write_durably(folder.evaluation / "results.json", json.dumps(results, indent=1).encode())
     write_reports(folder.root)
     return results
@@ -287,23 +311,32 @@ def evaluated(
 def privacy_section(config: Config, schema: DataSchema) -> dict[str, Any]:
     """`privacy` of the results, recomputed from the run's own ledger: what the whole ledger has spent."""
     with PrivacyLedger.open(Path(str(config.run.ledger))) as ledger:
-        mu = ledger.mu_spent
+        mu, genesis = ledger.mu_spent, ledger.genesis
         rounds = len(ledger.rounds_of(str(config.run.name)))
-        releases = len(ledger.events())
-        delta = float(ledger.genesis["delta"])
-    z = str(config.run.noise_multiplier)
-    promised = not is_noiseless(z)
-    epsilon = epsilon_of_mu(mu, delta) if promised else None
-    size = contribution_layout(schema.dimension, config.model.rank, private=promised).size
+        events, runs = ledger.events(), len(ledger.runs)
+    delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
+    epsilon = epsilon_of_mu(mu, delta) if math.isfinite(mu) else None
+    private = not is_noiseless(str(config.run.noise_multiplier))
+    size = contribution_layout(schema.dimension, config.model.rank, private=private).size
+    reasons = reasons_against(events, genesis["mu_max"])
     return {
         "epsilon": epsilon,
         "delta": delta,
-        "mu": mu if promised else None,
-        "replace_one_epsilon": replace_one(mu, delta) if promised else None,
-        "delta_fp": delta_fp(epsilon, size, releases) if epsilon is not None else None,
-        "noise_multiplier": float(z),
+        "mu": None if epsilon is None else mu,
+        "replace_one_epsilon": None if epsilon is None else replace_one(mu, delta),
+        "delta_fp": None if epsilon is None else delta_fp(epsilon, size, len(events)),
+        "noise_multiplier": float(str(config.run.noise_multiplier)),
         "rounds": rounds,
-        "not_private": not promised or config.privacy.seed is not None,
+        "not_private": bool(reasons),
+        "promise": promise_of_ledger(
+            epsilon,
+            delta,
+            population=genesis["population"],
+            rounds=len(events),
+            runs=runs,
+            max_nodes_per_user=s,
+            reasons_against=reasons,
+        ),
     }
 
 
@@ -311,6 +344,14 @@ def default_folder(now: Callable[[], datetime] = datetime.now) -> Path:
     """`runs/` and the time; another name where that is taken."""
     stem = Path("runs") / now().strftime("%Y%m%d-%H%M%S")
     return stem if not stem.exists() else stem.with_name(f"{stem.name}-{uuid4().hex[:4]}")
+
+
+def _is_begun(ledger: Path) -> bool:
+    """Whether there is a whole first line; a torn one is written anew, since nothing can follow it."""
+    if not ledger.exists():
+        return False
+    with ledger.open("rb") as file:
+        return b"\n" in file.read(_FIRST_LINE_BYTES)
 
 
 def _log_again(line: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """From posteriors to integers: the gradient, the scalars, and what one user can move."""
 
 import math
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from client.batches import gram_of
 from client.contribution import contribute, marginal_gradient, scalars
-from client.personalize import personalize, solve
+from client.personalize import Choice, personalize, solve
 from common.families import FAMILIES
 from privacy.layout import GRID_SCALES, SCALARS, Layout
 from server.training import contribution_layout
@@ -36,11 +35,13 @@ def test_gradient_is_that_of_the_log_marginal_likelihood(d, r, k):
         gradient = marginal_gradient(solution)
         assert gradient.shape == (3, r + 1, d)
         for i, user in enumerate(users):
-            support = tuple(int(j) for j in solution.support[i] if j >= 0)
-            expected = reference.marginal_gradient(user, model, float(solution.scale[i]), support)
+            used = solution.support[i] >= 0
+            b_prior = np.zeros(d)
+            b_prior[solution.support[i][used]] = model.b_variance * solution.probability[i][used]
+            expected = reference.marginal_gradient(user, model, float(solution.scale[i]), b_prior)
             np.testing.assert_allclose(gradient[i].T, expected, rtol=1e-6, atol=1e-6)
             if r and len(user.y) > 1:
-                without_variance = np.outer(solution.after.q[i], solution.w[i])
+                without_variance = np.outer(solution.marginal.q[i], solution.w[i])
                 assert np.abs(without_variance - expected[:, :-1]).max() > 1e-3
 
 
@@ -90,22 +91,27 @@ def test_logistic_has_no_residual_score():
 
 
 def test_b_score_is_the_slope_of_the_evidence_of_the_sparse_part():
-    """In log b_variance, of log(1 + exp(gain_j - odds)) summed over features, per allowed nonzero."""
+    """In log b_variance, of log(1 + exp(gain_j - odds)) summed over features, given the others, per allowed nonzero."""
     rng = np.random.default_rng(4)
     model = draw_model(rng, 6, 2, b_variance=0.2)
     users = draw_users(rng, model, (4, 15), sparsity=1)
     actual, solution = own_scalars(users, model, [True, True], sparsity=2)
+    chosen = Choice(support=solution.support, probability=solution.probability).variance(model)
     for i, user in enumerate(users):
         scale = float(solution.scale[i])
         odds = math.log(4 / 2)
 
-        def evidence(log_variance, user=user, scale=scale, odds=odds):
-            moved = replace(model, b_variance=math.exp(log_variance[0]))
-            without = reference.log_evidence(user, moved, scale, ())
-            gains = [reference.log_evidence(user, moved, scale, (j,)) - without for j in range(6)]
+        def evidence(log_variance, user=user, scale=scale, odds=odds, variances=chosen[i]):
+            gains = []
+            for j in range(6):
+                others = np.where(np.arange(6) == j, 0.0, variances)
+                with_j = np.where(np.arange(6) == j, math.exp(log_variance[0]), variances)
+                gain = reference.log_evidence(user, model, scale, with_j)
+                gains.append(gain - reference.log_evidence(user, model, scale, others))
             return float(np.logaddexp(0, np.array(gains) - odds).sum())
 
         (slope,) = reference.finite_differences(evidence, np.array([math.log(0.2)]))
+        assert (chosen[i] > 0).any()
         assert actual["b_score"][i] == pytest.approx(np.clip(slope / 2, -0.5, 0.5), abs=1e-6)
 
 

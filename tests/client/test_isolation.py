@@ -35,10 +35,10 @@ def users_of(family: str, seed: int = 0, counts=COUNTS, weighted: bool = False) 
     return draw_users(np.random.default_rng(seed), prior(family), counts, sparsity=2, family=family, weighted=weighted)
 
 
-def total(population, family, layout, chunk_bytes=CHUNK_BYTES, cache_bytes=2**28):
+def total(population, family, layout, chunk_bytes=CHUNK_BYTES, *, cache_bytes=2**28, bound=BOUND):
     model = prior(family)
     target_range = (-20.0, 20.0) if family == "squared" else (0.0, 1.0)
-    schema = schema_of(D, bound=BOUND, target_range=target_range)
+    schema = schema_of(D, bound=bound, target_range=target_range)
     return total_contribution(
         Shard(population, schema, FAMILIES[family], chunk_bytes=chunk_bytes, cache_bytes=cache_bytes),
         model,
@@ -101,6 +101,19 @@ def test_nobody_moves_on_the_private_grid(family):
     """The same on the grid of private releases."""
     for name in ("NaN", "empty", "1e300"):
         check_others_do_not_move(family, name, 0, LAYOUTS["private"])
+
+
+@pytest.mark.parametrize("bound", [1e3, 1e160, np.inf])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_is_nobodys_data(family, bound):
+    """Whatever the declared bound lets in, one user's examples do not stand in for another's missing ones."""
+    users = users_of(family, counts=(5, 17, 17, 18, 9))
+    huge = User(X=np.full((5, D), 1e200), y=np.ones(5), weight=np.ones(5))
+    layout = LAYOUTS["without noise"]
+    before, after = (population_of([first, *users[1:]]) for first in (users[0], huge))
+    own_before, own_after = (total(select(p, [0]), family, layout, bound=bound) for p in (before, after))
+    others_before = total(before, family, layout, bound=bound) - own_before
+    assert np.array_equal(total(after, family, layout, bound=bound) - own_after, others_before)
 
 
 @pytest.mark.parametrize("name", ["NaN", "infinity", "empty", "no weights", "bad weights"])

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from client.batches import Design, Gram, gram_of
-from client.personalize import Solution, evidence_gain, log_prior_odds, personalize, solve
+from client.personalize import (
+    WHILE_TRAINING,
+    Choice,
+    Solution,
+    evidence_gain,
+    log_prior_odds,
+    personalize,
+    solve,
+)
 from common.families import FAMILIES
 from common.model import SharedModel
 from tests import reference
@@ -31,28 +39,29 @@ SHAPES = {
 }
 
 
-def check_against_reference(solution: Solution, users: list[reference.User], model: SharedModel, sparsity: int) -> None:
+def check_against_reference(
+    solution: Solution, users: list[reference.User], model: SharedModel, sparsity: int, least_probability: float = 0.0
+) -> None:
     """Every field of every user is what dense conditioning gives, to 1e-10 of its size."""
     for i, user in enumerate(users):
-        expected = reference.posterior(user, model, sparsity)
+        expected = reference.posterior(user, model, sparsity, least_probability)
         used = solution.support[i] >= 0
         assert solution.support[i][used].tolist() == list(expected.support)
-        b = np.zeros(model.dimension)
-        b[solution.support[i][used]] = solution.b[i][used]
         r, s = model.rank, len(expected.support)
         precision = solution.precision[i]
         pairs = {
             "w": (solution.w[i], expected.w),
-            "b": (b, expected.b),
+            "b": (written_out(solution, model, i)[0], expected.b),
+            "probability": (solution.probability[i][used], np.array(expected.probability)),
             "scale": (solution.scale[i], expected.scale),
             "theta": (solution.theta[i], expected.theta),
-            "q": (solution.after.q[i], expected.q),
-            "UH": (solution.after.UH[i], expected.scale * model.U.T @ expected.H),
+            "q": (solution.marginal.q[i], expected.q),
+            "UH": (solution.marginal.UH[i], expected.scale * model.U.T @ expected.H),
             "precision": (precision[: r + s, : r + s], expected.precision),
             "squared_error": (solution.squared_error[i], expected.squared_error),
         }
         if sparsity:
-            pairs["curvature"] = (solution.after.curvature[i], np.diag(expected.H))
+            pairs["curvature"] = (solution.marginal.curvature[i], np.diag(expected.H))
         squares = float(user.weight @ user.y**2)  # of which the squared error is what is left
         for name, (actual, wanted) in pairs.items():
             size = max(1.0, squares if name == "squared_error" else float(np.abs(wanted).max(initial=0.0)))
@@ -62,17 +71,28 @@ def check_against_reference(solution: Solution, users: list[reference.User], mod
         assert not precision[: r + s, r + s :].any()
 
 
+def written_out(solution: Solution, model: SharedModel, i: int):
+    """b and its prior variances of one user, `d` numbers each."""
+    b, b_prior = np.zeros(model.dimension), np.zeros(model.dimension)
+    used = solution.support[i] >= 0
+    b[solution.support[i][used]] = solution.b[i][used]
+    b_prior[solution.support[i][used]] = model.b_variance * solution.probability[i][used]
+    return b, b_prior
+
+
+@pytest.mark.parametrize("least_probability", [0.0, WHILE_TRAINING])
 @pytest.mark.parametrize("form", ["design", "gram"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_dense_gaussian_conditioning(name, form):
+def test_equals_dense_gaussian_conditioning(name, form, least_probability):
     """Whatever the shape and the form of the batch, the posterior is that of the joint Gaussian."""
     d, r, k, counts = SHAPES[name]
     rng = np.random.default_rng(len(name))
     model = draw_model(rng, d, r)
     users = draw_users(rng, model, counts, sparsity=min(k, 2), weighted=True)
     batch = design(users, length=max(counts) + 3)
-    solution = solve(batch if form == "design" else gram_of(batch), model, sparsity=k, with_precision=True)
-    check_against_reference(solution, users, model, k)
+    batch = batch if form == "design" else gram_of(batch)
+    solution = solve(batch, model, sparsity=k, least_probability=least_probability, with_precision=True)
+    check_against_reference(solution, users, model, k, least_probability)
 
 
 @pytest.mark.parametrize("noise_variance", [1e-3, 1e3])
@@ -120,12 +140,13 @@ def test_extreme_noise_leaves_finite_posteriors(noise_variance, form):
 
 
 def test_a_user_without_examples_is_the_prior():
-    """Nothing observed: theta is beta, w is 0 and no feature is chosen."""
+    """Nothing observed: theta is beta, w and b are 0, and while training no feature is chosen."""
     model = draw_model(np.random.default_rng(8), 5, 2)
     empty = reference.User(X=np.zeros((0, 5)), y=np.zeros(0), weight=np.zeros(0))
     solution = solve(design([empty]), model, sparsity=2, with_precision=True)
     assert np.array_equal(solution.theta[0], model.beta)
-    assert solution.support.tolist() == [[-1, -1]]
+    training = solve(design([empty]), model, sparsity=2, least_probability=WHILE_TRAINING)
+    assert training.support.tolist() == [[-1, -1]]
     assert not solution.w.any()
     assert not solution.b.any()
     assert solution.squared_error.tolist() == [0.0]
@@ -161,11 +182,11 @@ def test_the_posterior_mean_is_the_prior_covariance_times_the_gradient():
     drawn = draw_model(rng, 8, 3)
     users = draw_users(rng, drawn, (12, 40), sparsity=2)
     solution = solve(design(users), drawn, sparsity=3)
-    Uq = solution.after.q @ drawn.U
+    Uq = solution.marginal.q @ drawn.U
     np.testing.assert_allclose(Uq, solution.w / solution.scale[:, None], atol=1e-10)
     least_squares = replace(drawn, noise_variance=1e-9)
     solution = solve(design(users), least_squares, sparsity=0)
-    residual_gradient = least_squares.noise_variance * solution.after.q  # X'(y - X theta)
+    residual_gradient = least_squares.noise_variance * solution.marginal.q  # X'(y - X theta)
     assert np.abs(residual_gradient).max() > 0.1
     assert np.abs(residual_gradient @ drawn.U).max() < 1e-6
 
@@ -185,19 +206,21 @@ def test_planted_features_are_found():
     np.testing.assert_allclose(solution.theta[0], theta, atol=0.1)
 
 
-def test_given_support_is_used_as_it_is():
+def test_given_choice_is_used_as_it_is():
     """With features named by the caller nothing is chosen; -1 leaves a slot out."""
     rng = np.random.default_rng(13)
     model = draw_model(rng, 6, 2)
     users = draw_users(rng, model, (10, 10), sparsity=2)
-    support = np.array([[4, -1], [-1, 0]])
-    solution = solve(design(users), model, sparsity=2, support=support, with_precision=True)
-    assert np.array_equal(solution.support, support)
-    for i, features in enumerate(((4,), (0,))):
-        C = reference.covariance(users[i], model, float(solution.scale[i]), features)
+    choice = Choice(support=np.array([[4, -1], [3, 0]]), probability=np.array([[0.7, 0.0], [1.0, 0.2]]))
+    solution = solve(design(users), model, sparsity=2, choice=choice, with_precision=True)
+    assert np.array_equal(solution.support, choice.support)
+    assert np.array_equal(solution.probability, choice.probability)
+    for i, prior in enumerate(({4: 0.7}, {3: 1.0, 0: 0.2})):
+        b_prior = np.array([model.b_variance * prior.get(j, 0.0) for j in range(6)])
+        C = reference.covariance(users[i], model, float(solution.scale[i]), b_prior)
         q = users[i].X.T @ np.linalg.solve(C, users[i].y - users[i].X @ model.beta)
-        np.testing.assert_allclose(solution.after.q[i], q, atol=1e-10)
-        assert np.array_equal(solution.b[i] != 0, support[i] >= 0)
+        np.testing.assert_allclose(solution.marginal.q[i], q, atol=1e-10)
+        np.testing.assert_allclose(written_out(solution, model, i)[0], b_prior * q, atol=1e-10)
 
 
 def test_evidence_gain_is_the_difference_of_log_evidence():
@@ -205,11 +228,12 @@ def test_evidence_gain_is_the_difference_of_log_evidence():
     rng = np.random.default_rng(14)
     model = draw_model(rng, 5, 2)
     user = draw_user(rng, model, 9, sparsity=1)
-    solution = solve(design([user]), model, sparsity=1)
+    solution = solve(design([user]), model, sparsity=1, least_probability=2.0)  # nothing is that probable
     scale = float(solution.scale[0])
-    without = reference.log_evidence(user, model, scale, ())
-    expected = [reference.log_evidence(user, model, scale, (j,)) - without for j in range(5)]
-    actual = evidence_gain(solution.before.q, solution.before.curvature, model.b_variance)[0]
+    without = reference.log_evidence(user, model, scale, np.zeros(5))
+    with_one = model.b_variance * np.eye(5)
+    expected = [reference.log_evidence(user, model, scale, b_prior) - without for b_prior in with_one]
+    actual = evidence_gain(solution.marginal.q, solution.marginal.curvature, model.b_variance)[0]
     np.testing.assert_allclose(actual, expected, atol=1e-10)
 
 
@@ -222,10 +246,8 @@ def test_log_prior_odds(d, k, expected):
 
 
 def flat(solution: Solution):
-    plain = {name: value for name, value in arrays(solution).items() if name not in ("before", "after")}
-    sides = {"before": solution.before, "after": solution.after}
-    names = ("q", "curvature", "UH")
-    return plain | {f"{side}.{name}": getattr(one, name) for side, one in sides.items() for name in names}
+    plain = {name: value for name, value in arrays(solution).items() if name != "marginal"}
+    return plain | {name: getattr(solution.marginal, name) for name in ("q", "curvature", "UH")}
 
 
 @pytest.mark.parametrize(("family", "form"), [("squared", "design"), ("squared", "gram"), ("logistic", "design")])
@@ -268,13 +290,6 @@ def test_another_loss_needs_the_examples_themselves():
         personalize(batch, model, family=LOGISTIC, sparsity=0)
 
 
-def logistic_point(solution: Solution, model: SharedModel, i: int):
-    b = np.zeros(model.dimension)
-    used = solution.support[i] >= 0
-    b[solution.support[i][used]] = solution.b[i][used]
-    return solution.w[i], b, used
-
-
 @pytest.mark.parametrize("sparsity", [0, 3])
 def test_logistic_point_is_stationary(sparsity):
     """On well-behaved data the gradient of the negative log posterior vanishes, below 1e-6, on w and on the support."""
@@ -283,10 +298,12 @@ def test_logistic_point_is_stationary(sparsity):
     users = draw_users(rng, model, (0, 1, 5, 20, 80, 300), sparsity=1, family="logistic", weighted=True)
     solution = personalize(design(users), model, family=LOGISTIC, sparsity=sparsity)
     for i, user in enumerate(users):
-        w, b, used = logistic_point(solution, model, i)
-        slope_w, slope_b = reference.logistic_gradient(user, model, float(solution.scale[i]), w, b)
+        w, (b, b_prior) = solution.w[i], written_out(solution, model, i)
+        slope_w, slope_b = reference.logistic_gradient(
+            user, model, scale=float(solution.scale[i]), w=w, b=b, b_prior=b_prior
+        )
         assert np.abs(slope_w).max() < 1e-6
-        assert np.abs(slope_b[solution.support[i][used]]).max(initial=0.0) < 1e-6
+        assert np.abs(slope_b).max(initial=0.0) < 1e-6
         assert np.allclose(solution.theta[i], model.beta + model.U @ w + b, atol=1e-12)
 
 
@@ -298,7 +315,7 @@ def test_logistic_gradient_is_the_residual_gradient_at_the_mode():
     solution = personalize(design(users), model, family=LOGISTIC, sparsity=2)
     for i, user in enumerate(users):
         p = 1 / (1 + np.exp(-user.X @ solution.theta[i]))
-        np.testing.assert_allclose(solution.after.q[i], user.X.T @ (user.y - p), atol=1e-6)
+        np.testing.assert_allclose(solution.marginal.q[i], user.X.T @ (user.y - p), atol=1e-6)
 
 
 def test_logistic_equals_scikit_learn_with_full_rank():
@@ -313,16 +330,17 @@ def test_logistic_equals_scikit_learn_with_full_rank():
 
 
 def test_logistic_equals_scikit_learn_with_rank_0():
-    """Without U and with every feature in b the point is scikit-learn's with C = b_variance."""
+    """Without U and with every feature in b the point is scikit-learn's with each feature scaled by its prior."""
     rng = np.random.default_rng(19)
     drawn = SharedModel(beta=np.zeros(4), U=np.eye(4), b_variance=0.05, noise_variance=1.0)
     user = draw_user(rng, drawn, 60, family="logistic")
     model = replace(drawn, U=np.zeros((4, 0)))
     solution = personalize(design([user]), model, family=LOGISTIC, sparsity=4)
     assert sorted(solution.support[0].tolist()) == [0, 1, 2, 3]
-    oracle = LogisticRegression(C=model.b_variance, fit_intercept=False, tol=1e-12, max_iter=1000)
-    oracle.fit(user.X, user.y)
-    np.testing.assert_allclose(solution.theta, oracle.coef_, atol=1e-6)
+    stddev = np.sqrt(written_out(solution, model, 0)[1])
+    oracle = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-12, max_iter=1000)
+    oracle.fit(user.X * stddev, user.y)
+    np.testing.assert_allclose(solution.theta, oracle.coef_ * stddev, atol=1e-6)
 
 
 def hard_users(rng: np.random.Generator, d: int) -> dict[str, reference.User]:
@@ -349,11 +367,11 @@ def test_logistic_never_ends_above_its_start(spread, sparsity):
     model = draw_model(rng, 5, 2, noise_variance=1.0, spread=spread)
     for name, user in hard_users(rng, 5).items():
         solution = personalize(design([user]), model, family=LOGISTIC, sparsity=sparsity)
-        w, b, _ = logistic_point(solution, model, 0)
+        w, (b, b_prior) = solution.w[0], written_out(solution, model, 0)
         assert np.isfinite(solution.theta).all(), name
         scale = float(solution.scale[0])
-        end = reference.logistic_objective(user, model, scale, w, b)
-        start = reference.logistic_objective(user, model, scale, 0 * w, 0 * b)
+        end = reference.logistic_objective(user, model, scale=scale, w=w, b=b, b_prior=b_prior)
+        start = reference.logistic_objective(user, model, scale=scale, w=0 * w, b=0 * b, b_prior=b_prior)
         assert end <= start * (1 + 1e-12), name
 
 

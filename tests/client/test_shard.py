@@ -8,7 +8,7 @@ import pytest
 import client.shard
 from client.batches import Design, Gram
 from client.contribution import contribute
-from client.personalize import personalize
+from client.personalize import WHILE_TRAINING, personalize
 from client.shard import Shard, total_contribution
 from common.families import FAMILIES
 from server.training import contribution_layout
@@ -50,7 +50,7 @@ def each(shard, model, metric):
     """`n x D`, the users' own integers."""
     rows = np.zeros((shard.population.num_users, LAYOUT.size), np.int64)
     for chunk, batch in shard.batches():
-        solution = personalize(batch, model, family=shard.family, sparsity=K)
+        solution = personalize(batch, model, family=shard.family, sparsity=K, least_probability=WHILE_TRAINING)
         rows[chunk.users] = contribute(
             batch, solution, model, metric, family=shard.family, sparsity=K, clipping_norm=2.0, layout=LAYOUT
         )

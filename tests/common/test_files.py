@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from common.errors import StorageError, UmbelError
-from common.files import pack, unpack, write_durably
+from common.files import (
+    append_line,
+    clear_leftovers,
+    cut_torn_line,
+    make_folder,
+    pack,
+    unpack,
+    write_durably,
+)
 
 
 def test_writes_and_replaces(tmp_path):
@@ -48,9 +56,13 @@ def test_a_failing_disk_leaves_the_old_bytes(tmp_path, monkeypatch, call):
 
 
 DTYPES = st.sampled_from([np.float64, np.float32, np.int64, np.int32, np.uint8, np.bool_])
-ARRAYS = DTYPES.flatmap(lambda dtype: npst.arrays(dtype, npst.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4)))
+ARRAYS = DTYPES.flatmap(
+    lambda dtype: npst.arrays(dtype, npst.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4))
+)
 FACTS = st.dictionaries(
-    st.text(max_size=8), st.one_of(st.integers(), st.floats(allow_nan=False), st.text(max_size=8), st.booleans()), max_size=4
+    st.text(max_size=8),
+    st.one_of(st.integers(), st.floats(allow_nan=False), st.text(max_size=8), st.booleans()),
+    max_size=4,
 )
 
 
@@ -91,3 +103,56 @@ def test_a_missing_file_is_named(tmp_path):
     """The message has the path."""
     with pytest.raises(UmbelError, match="nothing-here"):
         unpack(tmp_path / "nothing-here")
+
+
+def test_lines_are_added(tmp_path):
+    """Each ends with a newline, in a file that need not be there."""
+    for line in (b"one", b"", b"two"):
+        append_line(tmp_path / "lines", line)
+    assert (tmp_path / "lines").read_bytes() == b"one\n\ntwo\n"
+
+
+def test_a_line_that_has_no_room_leaves_whole_lines(tmp_path, monkeypatch):
+    """What was written of it is cut off again, so that the next line does not continue it."""
+    path = tmp_path / "lines"
+    append_line(path, b"one")
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full, pytest.raises(StorageError, match="No space left"):
+        full.setattr(os, "fsync", fails)
+        append_line(path, b"two")
+    append_line(path, b"three")
+    assert path.read_bytes() == b"one\nthree\n"
+
+
+@pytest.mark.parametrize(("torn", "whole"), [(b"one\ntw", b"one\n"), (b"on", b""), (b"one\n", b"one\n"), (b"", b"")])
+def test_a_torn_last_line_is_cut_off(tmp_path, torn, whole):
+    """Whole lines stay, and a file that is not there is not made."""
+    path = tmp_path / "lines"
+    cut_torn_line(path)
+    assert not path.exists()
+    path.write_bytes(torn)
+    cut_torn_line(path)
+    assert path.read_bytes() == whole
+
+
+def test_what_a_crash_left_staged_is_cleared(tmp_path):
+    """Staging files go, all others stay."""
+    write_durably(tmp_path / "file", b"data")
+    (tmp_path / ".file.tmp").write_bytes(b"da")
+    (tmp_path / "other.tmp").touch()
+    clear_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "other.tmp"]
+
+
+def test_folders_are_made_with_those_above_them(tmp_path):
+    """The mode is the innermost one's; again is no error; a file in the way is, with another place as the remedy."""
+    make_folder(tmp_path / "a" / "b", mode=0o700)
+    make_folder(tmp_path / "a" / "b")
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(StorageError, match="Choose a place"):
+            make_folder(path)

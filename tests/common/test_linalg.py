@@ -42,7 +42,9 @@ def test_inverse_equals_lapack(p, condition):
     matrices = positive(np.random.default_rng(p), 6, p, condition)
     inverses = linalg.inverse_positive(matrices)
     expected = np.linalg.inv(matrices)
-    np.testing.assert_allclose(inverses, expected, rtol=0, atol=1e-14 * condition * max(p, 1) * np.abs(expected).max(initial=1))
+    np.testing.assert_allclose(
+        inverses, expected, rtol=0, atol=1e-14 * condition * max(p, 1) * np.abs(expected).max(initial=1)
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, -1.0, 1e300])
@@ -62,7 +64,12 @@ def test_a_bad_matrix_is_its_own_users_problem(bad):
 def test_a_row_is_the_same_bits_alone(seed, n, p, q):
     """Every function gives a user the same bits in a batch of one as among others, and changes no argument."""
     rng = np.random.default_rng(seed)
-    M, x, y, S = rng.standard_normal((n, p, q)), rng.standard_normal((n, p)), rng.standard_normal((n, q)), positive(rng, n, p, 10.0)
+    M, x, y, S = (
+        rng.standard_normal((n, p, q)),
+        rng.standard_normal((n, p)),
+        rng.standard_normal((n, q)),
+        positive(rng, n, p, 10.0),
+    )
     calls = {
         "outer": (linalg.outer, (x, y)),
         "apply": (linalg.apply, (M, y)),
@@ -88,7 +95,9 @@ def test_torch_tensors_work_as_well():
     tensors = [torch.from_numpy(value) for value in (A, b, a, S)]
     close = {"rtol": 1e-12, "atol": 1e-12}
     np.testing.assert_allclose(linalg.apply(tensors[0], tensors[1]).numpy(), linalg.apply(A, b), **close)
-    np.testing.assert_allclose(linalg.apply_transposed(tensors[0], tensors[2]).numpy(), linalg.apply_transposed(A, a), **close)
+    np.testing.assert_allclose(
+        linalg.apply_transposed(tensors[0], tensors[2]).numpy(), linalg.apply_transposed(A, a), **close
+    )
     np.testing.assert_allclose(linalg.outer(tensors[2], tensors[1]).numpy(), linalg.outer(a, b), **close)
     np.testing.assert_allclose(linalg.inverse_positive(tensors[3]).numpy(), linalg.inverse_positive(S), **close)
     np.testing.assert_allclose(linalg.trace(tensors[3]).numpy(), linalg.trace(S), **close)

@@ -4,6 +4,8 @@ The pinned integers came from this program itself: they show that it still compu
 `tests/reference.py` is for that.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -21,8 +23,14 @@ from umbel.baselines import Mechanism, train_model, users_of
 
 # First six of the released integers, on the grid of 2^30; another processor's rounding may move the last few bits.
 GOLDEN = {
-    "squared": [[0] * 6, [0] * 6],
-    "logistic": [[0] * 6, [0] * 6],
+    "squared": [
+        [-88715181, -122224877, 20056590, 327454895, 88919945, 426234541],
+        [-52343129, 204237506, 695321100, 479806577, 251456405, 717908478],
+    ],
+    "logistic": [
+        [84785654, 137394294, -360537597, 382288713, -191846276, 197037607],
+        [100092198, 54184495, -327817851, 387142297, -240227695, 169301776],
+    ],
 }
 TOLERANCE = 2**12
 NUM_NODES, NUM_ROUNDS = 2, 2
@@ -30,7 +38,7 @@ NUM_NODES, NUM_ROUNDS = 2, 2
 
 def by_function_calls(config):
     """The run's releases and last state without messages, ledger and devices."""
-    settings = load_run(config_root(config))
+    settings = load_run(Path(str(config.run.out)))
     state, layout = _first_state(settings), layout_of(config, private=False)
     family, sparsity = config.model.family, config.model.sparsity
     sources = [node_data(config.data, family, i, NUM_NODES) for i in range(NUM_NODES)]
@@ -65,16 +73,11 @@ def by_function_calls(config):
     return releases, state
 
 
-def config_root(config):
-    from pathlib import Path
-
-    return Path(str(config.run.out))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_nodes_two_rounds(tmp_path, family):
     """The same integers by plain function calls and by the real apps over messages, and the pinned ones."""
-    config = prepare(configuration(tmp_path / "run", model__family=family))
+    shape = {"data__synthetic__dimension": 8, "data__synthetic__rank": 2, "model__rank": 2}
+    config = prepare(configuration(tmp_path / "run", model__family=family, data__synthetic__examples=10, **shape))
     run = run_real(config)
     releases, state = by_function_calls(config)
     found = list(run.releases.values())

@@ -89,8 +89,8 @@ def test_the_grid_trusts_nobody(blocks, grid_scale):
     with np.errstate(all="ignore"):
         grid = to_grid(blocks, layout)
     for row in grid.tolist():
-        assert squared_norm(row[:3]) <= layout.radius(layout.groups[0]) ** 2
-        assert squared_norm(row[3:]) <= layout.radius(layout.groups[1]) ** 2
+        for block, group in ((row[:3], layout.groups[0]), (row[3:], layout.groups[1])):
+            assert squared_norm(block) <= Fraction(str(group.share)) ** 2 * grid_scale**2
         assert squared_norm(row) <= layout.norm_limit()
 
 
@@ -105,8 +105,8 @@ def test_unit_vectors_stay_within_k(shape, grid_scale, dtype):
     grid = to_grid((unit,), one_group(shape[1], grid_scale))
     for row in grid.tolist():
         assert squared_norm(row) <= grid_scale**2
-        # truncation loses at most one step a coordinate; a row that rounding put outside is not lost
-        assert squared_norm(row) >= (grid_scale * (1 - 1e-5) - 2 * math.sqrt(shape[1])) ** 2
+        # truncation loses at most one step a coordinate; a row that double precision put outside is not lost
+        assert dtype == np.float32 or squared_norm(row) >= (grid_scale * (1 - 1e-9) - 2 * math.sqrt(shape[1])) ** 2
 
 
 @pytest.mark.parametrize("grid_scale", GRID_SCALES)
@@ -120,7 +120,7 @@ def test_a_clipped_user_is_not_lost(size, grid_scale):
     assert sum(lost) == 0
 
 
-def four_squares(limit: int) -> list[list[int]]:
+def rows_at_the_limit(limit: int) -> list[list[int]]:
     """Integer rows whose squares sum to just below, at and above `limit`, a perfect square."""
     root = math.isqrt(limit)
     assert root**2 == limit
@@ -138,27 +138,31 @@ def four_squares(limit: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("grid_scale", GRID_SCALES)
-@pytest.mark.parametrize("share", [1.0, 0.6, 0.979795897])
-def test_the_check_is_exact_at_the_boundary(grid_scale, share):
-    """A sum of squares one above the limit is not passed as it is; at the limit and below it is."""
-    radius = math.floor(share * grid_scale)
-    rows = [row for row in four_squares(radius**2) if len(row) <= 60]
+def test_the_check_is_exact_at_the_boundary(grid_scale):
+    """Rows whose squares sum to just below K^2 and to K^2 pass as they are; one above does not."""
+    rows = [row for row in rows_at_the_limit(grid_scale**2) if len(row) <= 60]
     assert len(rows) >= 3
     for row in rows:
-        for signs in (1, -1):
-            layout = one_group(len(row), grid_scale, share)
-            # dividing by s K and multiplying again must come back to the same integers for the test to mean anything
-            scaled = np.array([row], np.float64) * signs / (share * grid_scale)
-            scaled = np.where(
-                np.trunc(scaled * (share * grid_scale)) == row, scaled, np.nextafter(scaled, np.inf * signs)
-            )
-            came_back = np.trunc(scaled * (share * grid_scale)).astype(np.int64).tolist()[0]
-            (grid,) = to_grid((scaled,), layout).tolist()
-            assert squared_norm(grid) <= radius**2
-            if squared_norm(came_back) <= radius**2:
-                assert grid == came_back
-            else:
-                assert grid != came_back
+        for sign in (1, -1):
+            signed = [sign * value for value in row]
+            # a power of two: dividing by K and multiplying again is exact
+            (grid,) = to_grid((np.array([signed]) / grid_scale,), one_group(len(row), grid_scale)).tolist()
+            assert squared_norm(grid) <= grid_scale**2
+            assert (grid == signed) == (squared_norm(signed) <= grid_scale**2)
+
+
+@pytest.mark.parametrize("grid_scale", GRID_SCALES)
+@pytest.mark.parametrize("share", [0.6, 0.979795897, 0.2, 1e-4])
+def test_a_share_is_a_smaller_ball(grid_scale, share):
+    """A group's integers are within floor(s^2 K^2), also where rounding put the floats on or just beyond its edge."""
+    limit = math.floor(Fraction(str(share)) ** 2 * grid_scale**2)
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 40):
+        x = rng.standard_normal((200, size))
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        for scale in (1.0, math.nextafter(1, 2), 1 + 2**-50, 1 + 2**-41, 1 - 2**-50):
+            grid = to_grid((scale * unit,), one_group(size, grid_scale, share))
+            assert all(squared_norm(row) <= limit for row in grid.tolist())
 
 
 @given(
@@ -335,14 +339,16 @@ def test_honest_sums_are_possible(grid_scale, users):
 @pytest.mark.parametrize("grid_scale", GRID_SCALES)
 @pytest.mark.parametrize("users", [1, 7])
 def test_sums_beyond_the_ball_are_not_possible(grid_scale, users):
-    """One step beyond n s_g K in either group is refused; at the radius it passes."""
+    """Up to n s_g K in either group passes; a step a user beyond it is refused, in one coordinate or spread out."""
     layout = two_groups(4, grid_scale)
     for place, group in ((0, layout.groups[0]), (4, layout.groups[1])):
         for sign in (1, -1):
             total = np.zeros(6, np.int64)
             total[place] = sign * users * layout.radius(group)
             assert sum_is_possible(total, users, layout)
-            total[place + 1] = 1
+            total[place] = sign * users * (layout.radius(group) + 1)
+            assert not sum_is_possible(total, users, layout)
+            total[place : place + group.size] = math.ceil(users * (layout.radius(group) + 2) / math.sqrt(group.size))
             assert not sum_is_possible(total, users, layout)
 
 

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from decimal import Decimal
 from hashlib import sha256
 from html import escape
 from html.parser import HTMLParser
@@ -209,7 +208,7 @@ def test_what_promises_nothing_says_so_first(tmp_path, epsilon, events):
     assert page.index("<strong>NOT PRIVATE</strong>") < page.index(escape(report.statement))
     assert report.statement.startswith("No user of “people” is promised anything: 1 of ")
     assert "NOT PRIVATE" in report.who_sees_what[0].means
-    assert "almost as surely" not in page
+    assert "for each single user" not in page
 
 
 def test_infinite_losses_are_null_for_machines_and_a_sign_for_people(tmp_path):
@@ -407,25 +406,6 @@ def test_the_selection_of_rounds_is_short_and_has_both_ends(count):
     assert len(shown) <= 200
     assert shown == sorted(set(shown))
     assert shown == list(range(1, count + 1)) or (len(shown) > 150 and (shown[0], shown[-1]) == (1, count))
-
-
-@given(st.floats(1e-300, 1e300), st.integers(2, 6))
-def test_losses_are_never_printed_smaller(value, digits):
-    """What is printed is at least the number, and no further off than its digits allow."""
-    text = rounded_up(value, digits).translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))
-    found = (
-        re.fullmatch(r"(?:([0-9.]+)·)?10(-?[0-9]+)", text) if "·" in text or re.match(r"10-|10[0-9]*$", text) else None
-    )
-    printed = Decimal(found[1] or 1).scaleb(int(found[2])) if found and abs(math.log10(value)) > 3 else Decimal(text)
-    exact = Decimal(repr(value))
-    assert exact <= printed <= exact * (1 + Decimal(10) ** (1 - digits))
-
-
-def test_numbers_are_printed_as_people_write_them():
-    """Trailing digits are kept, powers of ten are written as such, infinity has its sign."""
-    values = (0, 0.99999, 2.0, 12.5951, 1e-6, 3e-6, 4.93e-31, 1234567.0, math.inf)
-    expected = ["0", "1.000", "2.000", "12.60", "10⁻⁶", "3·10⁻⁶", "4.93·10⁻³¹", "1.235·10⁶", "∞"]
-    assert [rounded_up(value) for value in values] == expected
 
 
 def test_every_field_reaches_the_machine(private_run):

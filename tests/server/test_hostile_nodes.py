@@ -103,7 +103,7 @@ def test_a_false_acknowledgement_does_not_stop_the_run(tmp_path, acknowledged):
 
 def test_a_name_is_taken_once(tmp_path):
     """Two connections that give one registered name are not both invited: users would be counted twice."""
-    app = federation_of(lambda b, s: contribution(b, s))
+    app = federation_of(contribution)
 
     def impostor(message: Message, context: Context) -> Message:
         if message.metadata.message_type == "query.identity":
@@ -130,7 +130,7 @@ def test_faults_on_the_way_are_dropouts(tmp_path, fault):
         return fault if hit else None
 
     config = prepare(configuration(tmp_path / "run", training__rounds=1, training__round_timeout=1.0))
-    run = run_app(config, federation_of(lambda b, s: contribution(b, s)), faults)
+    run = run_app(config, federation_of(contribution), faults)
     assert [release.tolist() for release in run.releases.values()] == [honest_total().tolist()]
     with run.ledger() as ledger:
         assert ledger.events()[0]["denominator"] == 2 * USERS

@@ -32,7 +32,9 @@ def test_comes_back(tmp_path):
     assert load_registry(tmp_path / "registry").digest == registry.digest
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"nodes": [{"name": "a"}]}', '{"nodes": 3}', '{"nodes": [3]}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"nodes": [{"name": "a"}]}', '{"nodes": 3}', '{"nodes": [3]}', "\xff"]
+)
 def test_other_files_are_refused(tmp_path, text):
     """A registry is not guessed at."""
     (tmp_path / "registry").write_text(text, "latin-1")

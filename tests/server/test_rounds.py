@@ -53,7 +53,7 @@ def equal(a: ServerState, b: ServerState) -> bool:
 
 
 def test_the_first_step_is_ascent_in_the_metric():
-    """[U, beta] moves by R R' times the mean gradient over 1 + 1/2 (least elapsed .2): R for x = R'D, R for the step."""
+    """[U, beta] moves by R R' D / 1.1 for a mean gradient D: users send R'D, the first step is 1 / (1 + .2 / 2)."""
     state = first_state()
     D_mean = np.random.default_rng(1).standard_normal((D, R + 1))  # gradient in (U, beta)
     metric = public_metric(state, "squared")
@@ -103,7 +103,9 @@ def test_a_release_of_zeros_moves_nothing_but_the_round(family, z):
     """Nobody took part: finite, the model where it was, the clipping norm too."""
     state = first_state()
     for _ in range(30):
-        after = step(state, np.zeros(PRIVATE.size, np.int64), layout=PRIVATE, z=z, denominator=1000, family=family, sparsity=2)
+        after = step(
+            state, np.zeros(PRIVATE.size, np.int64), layout=PRIVATE, z=z, denominator=1000, family=family, sparsity=2
+        )
         assert all(np.isfinite(value).all() for value in numbers(after))
         assert np.array_equal(after.model.U, state.model.U)
         assert np.array_equal(after.model.beta, state.model.beta)
@@ -215,17 +217,22 @@ def test_noise_variance_stays_within_public_bounds():
 def test_steps_shrink_where_the_gradient_has_fallen_to_the_noise():
     """A gradient of the noise's own size counts as no signal: a full unit of time, and no momentum."""
     state = replace(first_state(), velocity=np.ones((D, R + 1)))
-    noise = np.random.default_rng(2).standard_normal((D, R + 1))
-    noise *= math.sqrt(noise.size) / np.linalg.norm(noise) * 0.99
+    direction = np.random.default_rng(2).standard_normal((D, R + 1))
+    direction /= np.linalg.norm(direction)
     z, n = 10.0, 5000
-    quiet = step(state, np.rint(release_of(PRIVATE, noise * z / PRIVATE.groups[0].share, presence=n / 2)).astype(np.int64),
-                 layout=PRIVATE, z=z, denominator=n)  # fmt: skip
-    assert quiet.elapsed == pytest.approx(1.0)
-    loud = step(state, release_of(PRIVATE, 100 * noise * z, presence=n / 2), layout=PRIVATE, z=z, denominator=n)
-    assert loud.elapsed == pytest.approx(0.2)
+    # in units of C the noise on the mean has this norm
+    noise = z * math.sqrt(direction.size) / (PRIVATE.groups[0].share * n)
+    for length, elapsed in ((0.99 * noise, 1.0), (100 * noise, 0.2)):
+        noised = release_of(PRIVATE, n * length * direction, presence=n / 2)
+        after = step(state, noised, layout=PRIVATE, z=z, denominator=n)
+        assert after.elapsed == pytest.approx(elapsed)
 
 
-@given(seed=st.integers(0, 2**32), users=st.sampled_from([1, 2, 20, 100, 1000]), z=st.sampled_from([0.05, 1.0, 13.36, 50.0, 300.0]))
+@given(
+    seed=st.integers(0, 2**32),
+    users=st.sampled_from([1, 2, 20, 100, 1000]),
+    z=st.sampled_from([0.05, 1.0, 13.36, 50.0, 300.0]),
+)
 @settings(max_examples=20, deadline=None)
 def test_noise_alone_never_breaks_a_run(seed, users, z):
     """Thirty rounds of nothing but noise on any number of users: every state is finite and the next metric exists."""
@@ -266,7 +273,17 @@ def test_the_clipping_norm_is_the_same_on_both_sides(value):
     assert set(text) <= set("0123456789.")
 
 
-@pytest.mark.parametrize(("value", "text"), [(1.0, "1"), (0.01, "0.01"), (1000.0, "1000"), (1 / 3, "0.333333333333"), (1e-6, "0.000001"), (123456.789, "123456.789")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.0, "1"),
+        (0.01, "0.01"),
+        (1000.0, "1000"),
+        (1 / 3, "0.333333333333"),
+        (1e-6, "0.000001"),
+        (123456.789, "123456.789"),
+    ],
+)
 def test_decimal_string_is_plain(value, text):
     """No exponent, no trailing zeros."""
     assert decimal_string(value) == text

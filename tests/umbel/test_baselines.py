@@ -147,7 +147,7 @@ def test_a_trained_model_beats_its_own_start_and_everybody_alone():
 
 
 def test_baselines_release_with_the_noise_they_are_given(monkeypatch):
-    """Each round is one release of the mechanism's noise on the layout's grid, for our training and the global model."""
+    """Each round is one release with the mechanism's noise, for our own training and for the global model."""
     population, schema, _ = synthetic(users=60)
     users = users_of(population, schema, SQUARED)
     releases = []

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from privacy.keys import create_key, load_key, public_key_hex
 from privacy.ledger import PrivacyLedger
 from privacy.lines import parse_line, signed_line
+from privacy.report import report_of
 from umbel import cli, console
 from umbel.plan import points
-from umbel.promise import rounded_down, rounded_up
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
@@ -126,7 +126,7 @@ def test_simulate_prints_one_json_object(umbel: Command, tmp_path: Path) -> None
     assert results["users"] == USERS
     assert results["privacy"]["rounds"] == ROUNDS
     assert results == json.loads((tmp_path / "run/evaluation/results.json").read_text())
-    assert f"umbel: round {ROUNDS}/{ROUNDS}, answered 2/2, epsilon 1 spent, 0.0000 left" in ended.err
+    assert f"umbel: round {ROUNDS}/{ROUNDS}, answered 2/2, epsilon 1.000 spent, 0.0000 left" in ended.err
     assert "umbel: training\n" in ended.err
 
 
@@ -146,7 +146,7 @@ def test_simulate_ends_with_a_table_and_a_promise(umbel: Command, tmp_path: Path
     """People get errors against baselines, epsilon, the promise, and where it all is."""
     ended = umbel("simulate", *SMALL, "--out", tmp_path / "run")
     assert ended.err == ""
-    for part in ("umbel (this run)", "each user alone", "0-9  ", "Each user is promised", str(tmp_path / "run")):
+    for part in ("umbel (this run)", "each user alone", "0-9  ", "private for each single user", str(tmp_path / "run")):
         assert part in ended.out
     assert ended.out.count("*") >= 2  # the best of a column
     assert "NOT PRIVATE" not in ended.out
@@ -165,7 +165,7 @@ def test_a_run_without_privacy_is_stamped(umbel: Command, tmp_path: Path, option
     ended = umbel("simulate", *SMALL, *option, "--no-baselines", "--out", tmp_path / "run")
     assert ended.code == 0
     assert "NOT PRIVATE" in ended.out
-    assert "promised:" not in ended.out
+    assert "for each single user" not in ended.out
     assert "NOT PRIVATE" in umbel("audit", tmp_path / "run").out
     assert "NOT PRIVATE" in umbel("simulate", *SMALL, *option, "--dry-run").out
 
@@ -248,7 +248,7 @@ def test_a_large_delta_is_warned_of(umbel: Command, tmp_path: Path) -> None:
     """A delta of at least 1/users runs, with a warning."""
     ended = umbel("simulate", *SMALL, "--delta", "0.1", "--no-baselines", "--out", tmp_path / "run")
     assert ended.code == 0
-    assert "umbel: warning: privacy.delta=0.1 is not below 1/users" in ended.err
+    assert "umbel: warning: delta=0.1 is not below 1/users" in ended.err
     plan = umbel("simulate", *SMALL, "--delta", "0.1", "--dry-run")
     assert "note: delta=0.1 is not below 1/users" in plan.out
 
@@ -384,7 +384,7 @@ def test_the_best_that_keeps_the_promise_is_marked(capsys: pytest.CaptureFixture
         "run": "here",
     }
     privacy = {"epsilon": 1.0, "delta": 1e-6, "replace_one_epsilon": 2.0, "rounds": 2, "noise_multiplier": 9.0}
-    console.show_results({**results, "privacy": {**privacy, "not_private": False}})
+    console.show_results({**results, "privacy": {**privacy, "promise": "this much", "not_private": False}})
     private = capsys.readouterr().out
     console.show_results({**results, "privacy": {**privacy, "not_private": True}})
     plain = capsys.readouterr().out
@@ -392,6 +392,7 @@ def test_the_best_that_keeps_the_promise_is_marked(capsys: pytest.CaptureFixture
     assert (plain.count("1.0000*"), plain.count("0.5000*")) == (0, 2)
     assert "100+" not in private
     assert "report" not in private
+    assert "this much" in private
 
 
 def test_the_bar_shows_rounds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,10 +424,15 @@ def test_a_long_run_is_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[-1].startswith("umbel: round 1000/1000")
 
 
-def test_losses_are_rounded_up() -> None:
-    """What is printed is never less than what was spent, nor more than what is left."""
-    assert [rounded_down(x) for x in (0.49999, 0.1, -1e-9)] == ["0.4999", "0.1000", "0.0000"]
-    assert [rounded_up(x) for x in (0.99991, 1.0001, 0.5, 1e-9, None)] == ["1", "1.001", "0.5", "1e-09", "inf"]
+def test_a_terminal_that_knows_ascii_only_gets_words(finished: Path) -> None:
+    """What an encoding lacks is spelled out, on stdout and in errors, and never a defect."""
+    for command in (["plan", "--epsilon", "1"], ["audit", finished / "run"]):
+        words = [sys.executable, "-m", "umbel", *map(str, command)]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+        assert ended.returncode in (0, 5)
+        assert "with epsilon = 1.000 and delta = 10^-6: " in ended.stdout
+        assert "?" not in ended.stdout
 
 
 def test_audit_knows_the_owner_by_the_key(umbel: Command, finished: Path) -> None:
@@ -438,7 +444,7 @@ def test_audit_knows_the_owner_by_the_key(umbel: Command, finished: Path) -> Non
     assert audit["releases"] == {"reserved": ROUNDS, "committed": ROUNDS, "open": 0, "compared": ROUNDS}
     assert audit["privacy"]["epsilon"] == pytest.approx(1, abs=1e-6)
     assert audit["privacy"]["pld_epsilon"] == pytest.approx(1, abs=1e-3)
-    assert "promised" in audit["privacy"]["promise"]
+    assert audit["privacy"]["promise"] == report_of(run).statement
     for key in (audit["public_key"], audit["public_key"].upper(), key_file):
         assert umbel("audit", run, "--public-key", key, "--all-signatures").code == 0
     smaller = json.loads(umbel("audit", finished / "all.jsonl", "--delta", "1e-9", "--format", "json").out)
@@ -529,7 +535,7 @@ def test_ledger_show_for_people(umbel: Command, finished: Path) -> None:
     """Every charged round is a line, with epsilon after it."""
     out = umbel("ledger", "show", finished / "run").out
     assert out.count("released") == ROUNDS
-    assert "epsilon 1 at delta 1e-06, zero-out" in out
+    assert "epsilon 1.000 at delta 10⁻⁶, zero-out" in out
 
 
 def test_a_defect_is_one_line(umbel: Command, monkeypatch: pytest.MonkeyPatch) -> None:
