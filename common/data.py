@@ -214,7 +214,8 @@ def held_out(key: KeyArray, split_seed: int, test_fraction: float) -> npt.NDArra
 def split(population: Population, split_seed: int, test_fraction: float = 0.2) -> tuple[Population, Population]:
     """Training and test part by the rule of `held_out`; both keep all users in the same order."""
     test = held_out(population.key, split_seed, test_fraction)
-    return take_examples(population, ~test), take_examples(population, test)
+    train = take_examples(population, ~test) if test.any() else population
+    return train, take_examples(population, test)
 
 
 def take_examples(population: Population, mask: npt.NDArray[np.bool_]) -> Population:

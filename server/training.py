@@ -241,23 +241,23 @@ class _Loop:
         known: dict[int, int] = {}
         unclaimed = self.registry.users_of()
         named: set[int] = set()
-        refused: dict[int, str | None] = {}
+        refused: dict[int, str] = {}
         until = time.monotonic() + _STARTUP_SECONDS
         while unclaimed and (left := until - time.monotonic()) > 0:
             unnamed = [node_id for node_id in self.nodes.node_ids() if node_id not in named]
             for answer in self.nodes.ask(unnamed, "query.identity", b"", bytes(64), left):
-                refused[answer.node_id] = answer.code
-                if answer.payload is None:
+                name = _name_in(answer)
+                if not name:
+                    refused[answer.node_id] = answer.code or "malformed"
                     continue  # asked again: what is wrong there may be mended
                 named.add(answer.node_id)
-                users = unclaimed.pop(_name_in(answer), None)  # a name is taken once
+                users = unclaimed.pop(name, None)  # a name is taken once
                 if users is not None and users <= self.settings.config.privacy.max_users_per_node:
                     known[answer.node_id] = users
             if unclaimed:
                 time.sleep(_PAUSE_SECONDS)
         if not known:
-            codes = sorted({code for code in refused.values() if code is not None})
-            said = f" that answers: {', '.join(codes)}" if codes else ""
+            said = f" that answers: {', '.join(sorted(set(refused.values())))}" if refused else ""
             raise UmbelError(f"Expected nodes of the registry to be connected, got none{said}. Start them and resume.")
         return known
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from client.sources import train_and_test
+from client import sources
 from common.config import Config
 from common.data import DataSchema
 from common.families import FAMILIES
@@ -45,7 +45,8 @@ def evaluate(
         Ours, the baselines by name, and the ridge penalties chosen on validation examples.
     """
     family = FAMILIES[config.model.family]
-    train, test = train_and_test(config.data, config.model.family)
+    source = sources.read(config.data, config.model.family)
+    train, test = source.train, source.test
     users = users_of(train, schema, family)
 
     def score(theta: np.ndarray[Any, Any]) -> HeldOut:

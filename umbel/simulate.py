@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+from client import sources
 from client.app import SETTINGS_VARIABLE, close_services, service_for
 from client.settings import NodeSettings
-from client.sources import loaded, train_and_test
 from common.config import Config, load_config, to_toml
 from common.data import DataSchema, partition
 from common.errors import BudgetExhausted, UmbelError
@@ -104,8 +104,12 @@ def lay_out(config: Config, progress: Progress) -> Config:
     folder = RunFolder(root=root)
     if folder.config.exists():
         raise UmbelError(f"Expected a new folder, got run.out={root} with a run in it. Add --resume, or name another.")
-    train, test = train_and_test(config.data, config.model.family)
-    schema = loaded(config.data, config.model.family).schema
+    source = sources.read(config.data, config.model.family)
+    train, test, schema = source.train, source.test, source.schema
+    if source.num_bad_rows:
+        progress.warn(f"{source.num_bad_rows} bad rows were dropped, the first: {source.bad_rows[0]}")
+    if source.num_clipped:
+        progress.warn(f"{source.num_clipped} values outside their declared range were clipped to it.")
     check_shape(config, schema)
     if (config.training.engine, config.run.stores) == ("flower", "memory"):
         raise UmbelError(
@@ -287,7 +291,7 @@ def evaluated(
     config, folder, schema = settings.config, settings.folder, settings.schema
     model, _ = load_model(folder.model)
     ours, found, penalties = evaluate(config, schema, model, with_baselines=with_baselines, on_step=progress.step)
-    population = train_and_test(config.data, config.model.family)[0].num_users
+    population = sources.read(config.data, config.model.family).train.num_users
     seconds = [entry["seconds"] for entry in rounds]
     results = {
         "run": str(folder.root),

@@ -120,9 +120,10 @@ def test_a_line_that_has_no_room_leaves_whole_lines(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as full, pytest.raises(StorageError, match="No space left"):
-        full.setattr(os, "fsync", fails)
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(StorageError, match="No space left"):
         append_line(path, b"two")
+    monkeypatch.undo()
     append_line(path, b"three")
     assert path.read_bytes() == b"one\nthree\n"
 
