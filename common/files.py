@@ -35,6 +35,11 @@ def storing(path: Path) -> Iterator[None]:
 def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Stage beside `path`, fsync, rename, fsync the directory: after this returns the bytes survive a crash.
 
+    Args:
+        path: The file.
+        data: All of its bytes.
+        mode: Of a new file, before the umask.
+
     Raises:
         StorageError: If the disk fails; `path` is what it was.
     """
@@ -99,13 +104,16 @@ def make_folder(path: Path, *, mode: int = 0o777) -> None:
     """Make a folder where there is none, and those above it, so that they survive a crash.
 
     Raises:
+        UmbelError: If a file has the name.
         StorageError: If it cannot be made.
     """
+    for place in (path, *path.parents):
+        if place.is_file():
+            raise UmbelError(f"Expected a folder, got the file {place}. Choose another place.")
     with storing(path):
         for folder in reversed([entry for entry in (path, *path.parents) if not entry.exists()]):
             folder.mkdir(mode=mode if folder == path else 0o777, exist_ok=True)
             _sync_directory(folder.parent)
-        path.mkdir(exist_ok=True)  # an error where a file has the name
 
 
 def pack(arrays: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from common.errors import UmbelError
+from common.files import storing
 
 
 def create_key(path: Path) -> Ed25519PrivateKey:
@@ -21,6 +22,7 @@ def create_key(path: Path) -> Ed25519PrivateKey:
 
     Raises:
         UmbelError: If there is a file already; a key is never overwritten.
+        StorageError: If the disk fails; there is no key then, nor a part of one.
     """
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -28,10 +30,14 @@ def create_key(path: Path) -> Ed25519PrivateKey:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise UmbelError(f"Expected no key yet, got {path=!s}. Load it, or name another file.") from error
-    with open(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
+    with storing(path), open(descriptor, "wb") as file:
+        try:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
     return key
 
 

@@ -13,6 +13,7 @@ end; whoever remembers a head shows the rest.
 """
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -382,7 +383,11 @@ def _open_locked(path: Path, flags: int = 0) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o644)
     except OSError as error:
-        raise UmbelError(f"Expected a ledger to write, got {path=!s} ({error.strerror}).") from error
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT):
+            raise StorageError(
+                f"Expected to write {path}, got {error.strerror}. Make room or mend the disk."
+            ) from error
+        raise UmbelError(f"Expected a ledger to write, got {path=!s} ({error.strerror}). Correct the path.") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -402,7 +407,9 @@ def _closing_on_failure(descriptor: int | None, path: Path) -> Iterator[None]:
         if descriptor is not None:
             os.close(descriptor)
         if isinstance(error, OSError):
-            raise StorageError(f"Expected a disk that works under {path}, got {error.strerror}.") from error
+            raise StorageError(
+                f"Expected a disk that works under {path}, got {error.strerror}. Mend it, then resume."
+            ) from error
         raise
 
 

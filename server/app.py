@@ -58,9 +58,12 @@ class FlowerNodes:
             replies = list(self._grid.pull_messages(list(waiting)))
             for reply in replies:
                 message_id = reply.metadata.reply_to_message_id
+                node_id = receiver_of.get(message_id)
+                # an answer counts from the node that was asked; Flower's own errors come from SuperLink
+                if node_id is None or not (reply.has_error() or reply.metadata.src_node_id == node_id):
+                    continue
                 waiting.pop(message_id, None)
-                if message_id in receiver_of:
-                    yield _read(reply, receiver_of[message_id])
+                yield _read(reply, node_id)
             if not replies:
                 time.sleep(_POLL_SECONDS)
 

@@ -155,5 +155,5 @@ def test_folders_are_made_with_those_above_them(tmp_path):
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):
-        with pytest.raises(StorageError, match="Choose a place"):
+        with pytest.raises(UmbelError, match="Choose another place"):
             make_folder(path)
