@@ -57,11 +57,12 @@ def measure(users: int, sparsity: int, rounds: int, nodes: int) -> dict[str, Any
             },
         )
         resolved = lay_out(config, Silent())
-        entries = run_engine(resolved, RunFolder(root=Path(str(resolved.run.out))))
+        run = RunFolder(root=Path(str(resolved.run.out)))
+        run_engine(resolved, run)
+        seconds = [json.loads(line)["seconds"] for line in run.timings.read_text().splitlines()][1:]
         shutil.rmtree(folder, ignore_errors=True)
         Path(folder).mkdir(exist_ok=True)
-    seconds = [entry["seconds"] for entry in entries[1:]]  # the first round builds what later ones reuse
-    median = statistics.median(seconds)
+    median = statistics.median(seconds)  # without the first round, which builds what later ones reuse
     return {
         "users": users,
         "sparsity": sparsity,

@@ -210,6 +210,7 @@ def _bounded(X: npt.NDArray[np.floating[Any]], bound: float) -> tuple[npt.NDArra
     """`X` within [-bound, bound], with zeros in rows that are not finite, and which rows were finite."""
     finite = np.ones(len(X), np.bool_)
     inside = True
+    X = np.ascontiguousarray(X)  # a product's rounding depends on the layout, which must not depend on a gather
     for start in range(0, len(X), _ROWS_AT_ONCE):
         block = X[start : start + _ROWS_AT_ONCE]
         finite[start : start + _ROWS_AT_ONCE] = np.isfinite(block).all(axis=1)
@@ -236,9 +237,10 @@ def design_of(population: Population, chunk: Chunk) -> Design:
     if not present.all():
         # zeros, not weight alone: 0 times another user's overflow would be NaN
         weight, X = np.where(present, weight, 0.0), np.where(present[:, :, None], X, 0.0)
+    y = population.y[rows].reshape(n, m)
     return Design(
         X=X,
-        y=population.y[rows].reshape(n, m),
+        y=y if present.all() else np.where(present, y, 0.0),
         weight=weight,
         count=weight.sum(axis=1),
     )

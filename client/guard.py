@@ -21,6 +21,7 @@ from privacy.layout import GRID_SCALES, SCALARS
 from privacy.lines import ZERO_HEAD, Line, chain, replay, verify_line
 from privacy.participation import checked_noise_multiplier, cost_units, is_unlimited, limit_units
 
+_MODEL_BOUNDS = (1e-12, 1e12)  # of variances and entries: beyond them arithmetic itself would tell users apart
 _SHARE_SLACK = Fraction(1, 10**9)  # shares are rounded square roots; a user's norm is checked in integers
 
 
@@ -152,12 +153,14 @@ def _decoded(payload: bytes) -> Broadcast:
     try:
         broadcast = Broadcast.decode(payload)
         model = broadcast.model
+        low, high = _MODEL_BOUNDS
         usable = (
             all(a.dtype == np.float64 for a in (model.beta, model.U, broadcast.metric))
             and model.beta.ndim == 1
             and broadcast.digests.dtype == np.uint8
             and len(broadcast.sealing_key) in (0, 32)
-            and all(0 < variance < math.inf for variance in (model.b_variance, model.noise_variance))
+            and all(low <= variance <= high for variance in (model.b_variance, model.noise_variance))
+            and all(np.abs(a).max(initial=0.0) <= high for a in (model.beta, model.U, broadcast.metric))
         )
     except Refused:
         raise

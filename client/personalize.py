@@ -263,6 +263,7 @@ def _pursue(
         column = batch.column(at) / s2 - apply_transposed(right[:, :here, :], left[users, :here, at])
         # Sherman-Morrison: b_j ~ N(0, p v) in Cov(y) lowers H by p v / (1 + p v H_jj) times column column'
         variance = v * probable
+        column = xp.where(used[:, None], column, 0.0)  # 0 times infinity would be NaN
         scaled = (variance / (1 + variance * column[users, at]))[:, None] * column
         q = q - scaled * q[users, at][:, None]
         curvature = curvature - scaled * column

@@ -4,12 +4,18 @@ Guard, filter, computation, charge on disk, and only then the reply. Everything 
 user's integers; everything else is a refusal with a public code.
 """
 
+import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from client.batches import Batch, Chunk
 from client.guard import Accepted, check
 from client.personalize import personalize
 from client.settings import NodeSettings
@@ -20,7 +26,7 @@ from client.store_file import FULL, MEMORY
 from client.transient import TransientStore
 from common.errors import Refused
 from common.families import FAMILIES
-from common.model import PersonalState
+from common.model import IntArray, PersonalState
 from common.records import Broadcast, Contribution, encode
 from privacy.layout import layout_of_event
 from privacy.participation import admit, cost_units, is_noiseless, is_unlimited, limit_units
@@ -43,6 +49,7 @@ class NodeService:
         path, users = settings.store.format(partition=index), self._population.users
         self._store = TransientStore(users) if path == MEMORY else DeviceStore.open(path, users)
         self._shard = Shard(self._population, self._schema, FAMILIES[settings.family])
+        self._contributing = threading.Lock()
 
     def close(self) -> None:
         """Close the store."""
@@ -58,31 +65,48 @@ class NodeService:
         Raises:
             Refused: For a reason that depends on the broadcast, the policy or the ledger, never on data.
         """
-        accepted = self._check(payload, signature, "train")
-        broadcast, event = accepted.broadcast, accepted.event
-        if event is None:
-            raise Refused("purpose", "Expected a release to contribute to, got none.")
+        # nothing may be charged between reading the filters and charging them
+        with self._contributing:
+            accepted = self._check(payload, signature, "train")
+            if accepted.event is None:
+                raise Refused("purpose", "Expected a release to contribute to, got none.")
+            total = self._charged_total(accepted, accepted.event)
+        ledger_id, sequence = accepted.broadcast.ledger_id, accepted.sequence
+        return Contribution(ledger_id=ledger_id, sequence=sequence, acknowledged=sequence, total=total).encode()
+
+    def _charged_total(self, accepted: Accepted, event: Mapping[str, Any]) -> IntArray:
+        """The sum over the users whose filters allow the release, charged to them on disk.
+
+        Another process on the same store may spend in between. Then the sum is made once more, and if that fails
+        too, it is nobody's: a filter is never a reason to refuse.
+        """
         z = str(event["noise_multiplier"])
         cost = FULL if is_noiseless(z) else cost_units(z)
         mu_max = self._settings.mu_max
         limit = FULL if is_unlimited(mu_max) else limit_units(mu_max)
-        users = self._population.users
-        # without a limit there is no promise to keep, and users go on contributing
-        spent = self._store.spent(users) if limit < FULL else np.zeros(len(users), np.int64)
-        admitted = admit(spent, cost, limit)
-        layout = layout_of_event(event)
-        total = total_contribution(
-            self._shard,
-            broadcast.model,
-            broadcast.metric,
-            sparsity=int(broadcast.task["sparsity"]),
-            clipping_norm=float(event["clipping_norm"]),
-            layout=layout,
-            admitted=admitted,
-        )
-        ledger_id, sequence = broadcast.ledger_id, accepted.sequence
-        self._store.charge(ledger_id, sequence, accepted.head, users, admitted, cost, limit=limit)
-        return Contribution(ledger_id=ledger_id, sequence=sequence, acknowledged=sequence, total=total).encode()
+        layout, num_users = layout_of_event(event), self._population.num_users
+        for _ in range(2):
+            # without a limit there is no promise to keep, and users go on contributing
+            spent = self._store.spent(self._population.users) if limit < FULL else np.zeros(num_users, np.int64)
+            admitted = admit(spent, cost, limit)
+            total = total_contribution(
+                self._shard,
+                accepted.broadcast.model,
+                accepted.broadcast.metric,
+                sparsity=int(accepted.broadcast.task["sparsity"]),
+                clipping_norm=float(event["clipping_norm"]),
+                layout=layout,
+                admitted=admitted,
+            )
+            with suppress(ValueError):  # from a user who is no longer within the limit
+                self._charge(accepted, admitted, cost, limit)
+                return total
+        self._charge(accepted, np.zeros(num_users, np.bool_), cost, limit)
+        return np.zeros(layout.size, np.int64)
+
+    def _charge(self, accepted: Accepted, mask: npt.NDArray[np.bool_], cost: int, limit: int) -> None:
+        ledger_id, users = accepted.broadcast.ledger_id, self._population.users
+        self._store.charge(ledger_id, accepted.sequence, accepted.head, users, mask, cost, limit=limit)
 
     def fold_in(self, payload: bytes, signature: bytes) -> bytes:
         """Personalize every user with the released model and keep the posteriors; nothing but "done" leaves.
@@ -98,17 +122,19 @@ class NodeService:
         return encode({"acknowledged": accepted.sequence}, {})
 
     def _keep_states(self, broadcast: Broadcast, model_digest: bytes) -> None:
+        def state(_: Chunk, batch: Batch) -> PersonalState:
+            solution = personalize(
+                batch,
+                broadcast.model,
+                family=self._shard.family,
+                sparsity=int(broadcast.task["sparsity"]),
+                with_precision=True,
+            )
+            return _finite(solution.state(), broadcast.model.beta)
+
         with np.errstate(all="ignore"):
-            for chunk, batch in self._shard.batches():
-                solution = personalize(
-                    batch,
-                    broadcast.model,
-                    family=self._shard.family,
-                    sparsity=int(broadcast.task["sparsity"]),
-                    with_precision=True,
-                )
-                users = [self._population.users[i] for i in chunk.users]
-                self._store.save_states(users, _finite(solution.state(), broadcast.model.beta), model_digest)
+            for chunk, found in self._shard.isolated(state):
+                self._store.save_states([self._population.users[i] for i in chunk.users], found, model_digest)
 
     def _check(self, payload: bytes, signature: bytes, purpose: str) -> Accepted:
         policy = self._settings.policy()

@@ -1,6 +1,8 @@
 """The users of one node as the solver wants them, kept in memory where they fit and rebuilt each round where not."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from common.families import Family
 from common.model import Array, IntArray, SharedModel
 from privacy.layout import Layout
 
+T = TypeVar("T")
 CHUNK_BYTES = 2**22
 CACHE_BYTES = 2**28
 
@@ -44,17 +47,35 @@ class Shard:
     def batches(self) -> Iterator[tuple[Chunk, Batch]]:
         """Every chunk with its batch, in the same order each time."""
         for number, chunk in enumerate(self._chunks):
-            yield chunk, self._cache.get(number) or self._build(number, chunk)
+            yield chunk, self._batch(number)
 
-    def _build(self, number: int, chunk: Chunk) -> Batch:
-        batch = self.batch_of(chunk)
+    def isolated(self, compute: Callable[[Chunk, Batch], T]) -> Iterator[tuple[Chunk, T]]:
+        """`compute` for every chunk, with a failure kept to the user that causes it.
+
+        Where making the batch or `compute` raises, each user of the chunk is a chunk of its own; users who raise
+        alone are left out. So no user's data can change what is computed for another.
+        """
+        for number, chunk in enumerate(self._chunks):
+            result = _attempt(compute, chunk, partial(self._batch, number))
+            if result is not None:
+                yield chunk, result
+                continue
+            for one in _one_by_one(chunk):
+                result = _attempt(compute, one, partial(self._build, one))
+                if result is not None:
+                    yield one, result
+
+    def _batch(self, number: int) -> Batch:
+        """The batch of a chunk of the plan, kept if it fits."""
+        if number in self._cache:
+            return self._cache[number]
+        batch = self._build(self._chunks[number])
         if batch.nbytes <= self._free_bytes:
             self._free_bytes -= batch.nbytes
             self._cache[number] = batch
         return batch
 
-    def batch_of(self, chunk: Chunk) -> Batch:
-        """The batch of any chunk of this shard's users."""
+    def _build(self, chunk: Chunk) -> Batch:
         design = design_of(self.population, chunk)
         return form_of(design, second_moments_suffice=self.family.name == "squared")
 
@@ -71,8 +92,7 @@ def total_contribution(
 ) -> IntArray:
     """`D` int64, the sum of the clipped integer vectors of the admitted users; the others count as zeros.
 
-    A chunk that raises is computed again one user at a time, and a user that raises alone contributes zeros, so
-    that no user's data can change another's integers.
+    A user who raises contributes zeros, see `Shard.isolated`.
 
     Args:
         shard: The node's users.
@@ -84,7 +104,7 @@ def total_contribution(
         admitted: `n` booleans, whose filter allows this release.
     """
 
-    def integers(batch: Batch) -> IntArray:
+    def chunk_total(chunk: Chunk, batch: Batch) -> IntArray:
         solution = personalize(batch, model, family=shard.family, sparsity=sparsity, least_probability=WHILE_TRAINING)
         grid: IntArray = contribute(
             batch,
@@ -96,22 +116,23 @@ def total_contribution(
             clipping_norm=clipping_norm,
             layout=layout,
         )
-        return grid
+        counts = admitted[chunk.users]
+        chunk_sum: IntArray = (grid if counts.all() else grid[counts]).sum(axis=0)
+        return chunk_sum
 
     total = np.zeros(layout.size, np.int64)
     with np.errstate(all="ignore"):  # a user's overflow is that user's zeros, and no warning's business
-        for chunk, batch in shard.batches():
-            grid, counts = _isolated(integers, shard, chunk, batch, layout.size), admitted[chunk.users]
-            total += (grid if counts.all() else grid[counts]).sum(axis=0)
+        for _, chunk_sum in shard.isolated(chunk_total):
+            total += chunk_sum
     return total
 
 
-def _isolated(integers: Callable[[Batch], IntArray], shard: Shard, chunk: Chunk, batch: Batch, size: int) -> IntArray:
-    """`n x D`, the users' integers, with a failure kept to the user that causes it."""
+def _attempt(compute: Callable[[Chunk, Batch], T], chunk: Chunk, batch: Callable[[], Batch]) -> T | None:
     try:
-        return integers(batch)
+        return compute(chunk, batch())
     except Exception:  # whatever a library raises for one user's numbers
-        if len(chunk.users) == 1:
-            return np.zeros((1, size), np.int64)
-    alone = (Chunk(users=chunk.users[i : i + 1], length=chunk.length) for i in range(len(chunk.users)))
-    return np.concatenate([_isolated(integers, shard, one, shard.batch_of(one), size) for one in alone])
+        return None
+
+
+def _one_by_one(chunk: Chunk) -> Iterator[Chunk]:
+    return (Chunk(users=chunk.users[i : i + 1], length=chunk.length) for i in range(len(chunk.users)))

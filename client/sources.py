@@ -1,11 +1,15 @@
-"""The device's own data: read once in a process and cut to the part that trains."""
+"""The device's own data: read once in a process and cut to the part that trains.
+
+A node drops bad rows and keeps their users, whatever the configuration says: were one user's row an error, it would
+silence all users of the node. Only a simulation, whose operator sees all data, may stop at one.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 from common.config import DataConfig, Family
 from common.data import DataSchema, Population, partition, split
-from common.loading import load
+from common.loading import load, refuse_bad_rows
 from common.synthetic import SyntheticTruth
 
 
@@ -32,8 +36,40 @@ class Source:
     truth: SyntheticTruth | None
 
 
-@lru_cache(maxsize=2)
 def read(data: DataConfig, family: Family) -> Source:
+    """Read and split a source, as `data.on_bad_rows` says; for whoever may see all of it.
+
+    Raises:
+        DataError: If it cannot be read, or a row is bad and `on_bad_rows` is "error".
+    """
+    source = _read_usable(data, family)
+    if data.on_bad_rows == "error":
+        refuse_bad_rows(source.bad_rows, source.num_bad_rows)
+    return source
+
+
+def node_data(data: DataConfig, family: Family, index: int, num_nodes: int) -> tuple[Population, DataSchema]:
+    """The training data of one node's users, and the public facts about them; bad rows are always dropped.
+
+    Raises:
+        DataError: If the source as a whole cannot be read.
+    """
+    source = _read_usable(data, family)
+    return partition(source.train, num_nodes, index), source.schema
+
+
+def forget() -> None:
+    """Drop what is cached."""
+    _read_skipping.cache_clear()
+
+
+def _read_usable(data: DataConfig, family: Family) -> Source:
+    """The source without its bad rows: the same entry of the cache for those who stop at them and those who do not."""
+    return _read_skipping(data.model_copy(update={"on_bad_rows": "skip"}), family)
+
+
+@lru_cache(maxsize=2)
+def _read_skipping(data: DataConfig, family: Family) -> Source:
     """Read and split a source; cached, since the nodes of a simulation share one process."""
     loaded = load(data, family)
     train, test = split(loaded.population, data.split_seed, data.test_fraction)
@@ -46,14 +82,3 @@ def read(data: DataConfig, family: Family) -> Source:
         num_clipped=loaded.num_clipped,
         truth=loaded.truth,
     )
-
-
-def node_data(data: DataConfig, family: Family, index: int, num_nodes: int) -> tuple[Population, DataSchema]:
-    """The training data of one node's users, and the public facts about them."""
-    source = read(data, family)
-    return partition(source.train, num_nodes, index), source.schema
-
-
-def forget() -> None:
-    """Drop what is cached."""
-    read.cache_clear()

@@ -180,7 +180,7 @@ class DataConfig(_Section):
         target_offset: Taken off the target; by default the middle of the range.
         test_fraction: Share of examples held out, by rule.
         split_seed: Which split; harmless.
-        on_bad_rows: Stop at a bad row, or drop and count it.
+        on_bad_rows: Stop a simulation at a bad row, or drop and count it; a node always does the latter.
         max_examples: Public limit on a user's examples; a fixed random sample is kept of more.
         synthetic: The population of `source = "synthetic"`.
     """

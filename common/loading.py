@@ -1,7 +1,9 @@
 """From a configured source to a population and its public schema: the only place that knows the formats.
 
-Bad rows are named with file, row and column, never with the value. What is public (items, ranges and
-vocabularies) comes from the configuration or from public files and never from pooling users' rows.
+Bad rows are named with file, row and column, never with the value. A bad row is its user's: it is dropped, and the
+user stays, if need be without examples, so that who is in the population never depends on what a row holds. What is
+public (items, ranges and vocabularies) comes from the configuration or from public files and never from pooling
+users' rows.
 """
 
 from collections.abc import Sequence
@@ -114,6 +116,31 @@ def load(data: DataConfig, family: Family = "squared") -> Loaded:
     Raises:
         DataError: If a file, column or declaration is missing, or a row is bad and `on_bad_rows` is "error".
     """
+    loaded = _load(data, family)
+    if data.on_bad_rows == "error":
+        refuse_bad_rows(loaded.bad_rows, loaded.num_bad_rows)
+    return loaded
+
+
+def refuse_bad_rows(named: Sequence[str], count: int) -> None:
+    """Raise where rows were dropped that should not have been.
+
+    Args:
+        named: From `Loaded.bad_rows`.
+        count: From `Loaded.num_bad_rows`.
+
+    Raises:
+        DataError: With the first of them, unless there are none.
+    """
+    if not count:
+        return
+    more = f" {count - 1} more rows are bad." if count > 1 else ""
+    remedy = 'Correct them, or set data.on_bad_rows = "skip" to drop and count them.'
+    raise DataError(f"{named[0]}{more} {remedy}")
+
+
+def _load(data: DataConfig, family: Family) -> Loaded:
+    """As `load`, with bad rows dropped whatever `on_bad_rows` says."""
     if data.source == "synthetic":
         return _load_synthetic(data, family)
     path = Path(data.source)
@@ -258,12 +285,19 @@ def _repeated_events(column: str, users: Sequence[str], event: Sequence[str], ba
 
 
 def _assemble(rows: _Rows, inputs: _Inputs, data: DataConfig, family: Family, name: str) -> Loaded:
-    """Drop bad rows, group the rest by user, and attach the public facts."""
+    """Drop bad rows, group the rest by user, and attach the public facts.
+
+    Raises:
+        DataError: If the target's range is not declared or no row names a user.
+    """
     low, high, offset = _declared_target(data, family)
     checks = (*rows.checks, *inputs.checks)
     bad = bad_rows(rows.cells, checks)
-    named = _handle_bad_rows(rows, checks, bad, data.on_bad_rows)
-    users, counts, order = _group(rows, np.flatnonzero(~bad))
+    named = describe_bad_rows(rows.cells, checks, limit=_SHOWN_BAD_ROWS)
+    users, code = _number_users(rows.users)
+    if not users:
+        raise DataError(f"{named[0]} No row names a user. Correct the file, or set data.user.")
+    counts, order = _group(code, rows.time, np.flatnonzero(~bad), len(users))
     y = rows.target[order] - offset
     user_hash = np.repeat(text_hashes(users, kind="user"), counts)
     population = Population(
@@ -285,7 +319,7 @@ def _assemble(rows: _Rows, inputs: _Inputs, data: DataConfig, family: Family, na
         population=limit_examples(population, data.max_examples),
         schema=schema,
         format=name,
-        bad_rows=named,
+        bad_rows=(*named, *_name_users_without_rows(rows.cells, code, counts)),
         num_bad_rows=int(bad.sum()),
         num_clipped=inputs.num_clipped + int(((y < low) | (y > high)).sum()),
     )
@@ -305,33 +339,27 @@ def _declared_target(data: DataConfig, family: Family) -> tuple[float, float, fl
     return low - offset, high - offset, offset
 
 
-def _handle_bad_rows(rows: _Rows, checks: Sequence[Check], bad: BoolArray, on_bad_rows: str) -> tuple[str, ...]:
-    """Name the bad rows, and the users who are left with none; raise for the first where that is asked."""
-    if not bad.any():
+def _number_users(names: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
+    """Users by first appearance, in bad rows too, and each row's user as a number: -1 where it names none."""
+    numbers: dict[str, int] = {}
+    code = (numbers.setdefault(name, len(numbers)) if name else -1 for name in names)
+    return tuple(numbers), np.fromiter(code, np.int64, len(names))
+
+
+def _group(code: IntArray, time: Array | None, good: IntArray, num_users: int) -> tuple[IntArray, IntArray]:
+    """The users' numbers of examples, and the good rows by user and then by time."""
+    code = code[good]
+    order = np.argsort(code, kind="stable") if time is None else np.lexsort((time[good], code))
+    return np.bincount(code, minlength=num_users), good[order]
+
+
+def _name_users_without_rows(cells: Cells, code: IntArray, counts: IntArray) -> tuple[str, ...]:
+    """One line about the users who are left without examples, if any."""
+    without = np.flatnonzero(counts == 0)
+    if not without.size:
         return ()
-    named = describe_bad_rows(rows.cells, checks, limit=_SHOWN_BAD_ROWS)
-    others = int(bad.sum()) - 1
-    if on_bad_rows == "error":
-        more = f" {others} more rows are bad." if others else ""
-        remedy = 'Correct them, or set data.on_bad_rows = "skip" to drop and count them.'
-        raise DataError(f"{named[0]}{more} {remedy}")
-    if bad.all():
-        raise DataError(f"{named[0]} No row is usable: {others} more are bad. Correct the file or its columns.")
-    with_data = {rows.users[i] for i in np.flatnonzero(~bad)}
-    lost = {rows.users[i]: i for i in np.flatnonzero(bad)[::-1] if rows.users[i] and rows.users[i] not in with_data}
-    if lost:
-        row = rows.cells.rows[min(lost.values())]
-        named.append(f"{rows.cells.file}: {len(lost)} users have no usable row; the first of them is in row {row}.")
-    return tuple(named)
-
-
-def _group(rows: _Rows, good: IntArray) -> tuple[tuple[str, ...], IntArray, IntArray]:
-    """Users by first appearance, their numbers of examples, and the good rows by user and then by time."""
-    codes: dict[str, int] = {}
-    users = rows.users
-    code = np.fromiter((codes.setdefault(users[i], len(codes)) for i in good.tolist()), np.int64, good.size)
-    order = np.argsort(code, kind="stable") if rows.time is None else np.lexsort((rows.time[good], code))
-    return tuple(codes), np.bincount(code, minlength=len(codes)), good[order]
+    row = cells.rows[np.flatnonzero(code == without[0])[0]]
+    return (f"{cells.file}: {without.size} users have no usable row; the first of them is in row {row}.",)
 
 
 def _example_hashes(rows: _Rows, inputs: _Inputs, counts: IntArray, order: IntArray) -> KeyArray:

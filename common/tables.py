@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 _SQLITE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
+
+csv.field_size_limit(2**31 - 1)  # by default one long cell makes the whole file unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,8 @@ class Cells:
         file: Name of the file for messages.
         columns: Column name to its cells, texts from a text file and plain values otherwise.
         rows: `N` int64, the number of each row in the file, from 1, a line of names included.
-        complete: `N` bool, whether the row had as many fields as there are columns.
+        complete: `N` bool, whether the row had as many fields as there are columns; if not, the fields that it
+            has are taken in order and the others are empty, so that it may still say whose row it is.
     """
 
     file: str
@@ -232,7 +236,7 @@ def _text_cells(path: Path, names: tuple[str, ...], known: tuple[str, ...], layo
     complete = width == len(known)
     if not complete.all():
         blank = [""] * len(known)
-        records = [r if fits else blank for r, fits in zip(records, complete, strict=True)]
+        records = [r if fits else (r + blank)[: len(known)] for r, fits in zip(records, complete, strict=True)]
         records = list(compress(records, filled))
     columns = list(zip(*records, strict=True)) or [()] * len(known)
     return Cells(
@@ -252,10 +256,12 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _query(path: Path, sql: str) -> list[tuple[Any, ...]]:
     try:
         with closing(_connect(path)) as connection:
+            # one cell that is not UTF-8 is one cell, not the whole table
+            connection.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")
             return connection.execute(sql).fetchall()
     except sqlite3.Error as error:
         # Its own text is left out: it may quote a cell.
-        problem = getattr(error, "sqlite_errorname", "text that is not UTF-8")
+        problem = getattr(error, "sqlite_errorname", "another problem")
         raise DataError(f"{path.name}: Expected a readable SQLite database, got {problem}.") from error
 
 

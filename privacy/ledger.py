@@ -33,7 +33,7 @@ from common.errors import LedgerCorrupt, StorageError, UmbelError, VerificationE
 from privacy.gaussian import epsilon_of_mu
 from privacy.keys import public_key_hex
 from privacy.ledger_state import Event, LedgerState, Reading, Round, read_file
-from privacy.lines import FORMAT, Line, parse_line, signed_line
+from privacy.lines import FORMAT, ZERO_HEAD, Line, chain, parse_line, signed_line
 
 _FIRST_BYTES = b'{"body":{"delta":'
 
@@ -176,6 +176,10 @@ class PrivacyLedger:
     def head(self) -> bytes:
         """h_t of the last line."""
         return self._state.head
+
+    def head_at(self, sequence: int) -> bytes:
+        """h_t of line `sequence`."""
+        return chain(ZERO_HEAD, self._state.digests(0, sequence + 1))
 
     @property
     def sequence(self) -> int:

@@ -1,7 +1,8 @@
 """What a ledger's lines say together: what was reserved, what became of it, what is spent. Reads, never writes.
 
 The rules are in one place, used for every line that is read and for every line before it is written: one GENESIS,
-START before RESERVE, no round reserved twice, one COMMIT or ABORT at most for a RESERVE, never beyond the budget.
+START before RESERVE, no round reserved twice, no more rounds and no other noise than START's schedule says (where it
+says), one COMMIT or ABORT at most for a RESERVE, never beyond the budget.
 """
 
 import dataclasses
@@ -155,8 +156,8 @@ class LedgerState:
         match kind:
             case "GENESIS":
                 _check_budget(body)
-            case "START" if body["run"] in self.runs:
-                raise ValueError(f"Expected a new run, got run={body['run']!r}. Resume it.")
+            case "START":
+                self._check_start(body)
             case "RESERVE":
                 self._check_reserve(body)
             case "COMMIT" | "ABORT":
@@ -166,6 +167,13 @@ class LedgerState:
                 raise ValueError("Expected a key that this ledger has not had yet.")
             case "RESTORE":
                 raise ValueError("Expected no RESTORE line: this version cannot verify a recovery key.")
+
+    def _check_start(self, body: Mapping[str, Any]) -> None:
+        if body["run"] in self.runs:
+            raise ValueError(f"Expected a new run, got run={body['run']!r}. Resume it.")
+        rounds, multiplier = body["schedule"].get("rounds", 0), body["schedule"].get("noise_multiplier", "")
+        if type(rounds) is not int or not isinstance(multiplier, str):
+            raise ValueError(f"Expected rounds as integer and noise_multiplier as text, got {rounds=}, {multiplier=}.")
 
     def _check_reserve(self, body: Mapping[str, Any]) -> None:
         if body["run"] not in self.runs:
@@ -177,6 +185,20 @@ class LedgerState:
                 f"Expected a release within epsilon={self.genesis['epsilon']} and "
                 f"delta={self.genesis['delta']}, got noise_multiplier={body['event']['noise_multiplier']} "
                 f"after mu={self.mu_spent():.6g}. Stop here, or release with more noise."
+            )
+        self._check_schedule(body)
+
+    def _check_schedule(self, body: Mapping[str, Any]) -> None:
+        """A run does what its START line says, where that says something."""
+        schedule, charged = self.runs[body["run"]]["schedule"], len(self._reserved.get(body["run"], {}))
+        if charged >= schedule.get("rounds", math.inf):
+            raise ValueError(
+                f"Expected at most rounds={schedule['rounds']} as run={body['run']!r} was started, got another."
+            )
+        planned, multiplier = schedule.get("noise_multiplier"), body["event"]["noise_multiplier"]
+        if planned not in (None, multiplier):
+            raise ValueError(
+                f"Expected noise_multiplier={planned} as run={body['run']!r} was started, got {multiplier}."
             )
 
     def _advance_body(self, kind: str, body: Mapping[str, Any], sequence: int) -> None:

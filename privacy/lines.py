@@ -13,9 +13,11 @@ so the signature of the last line authenticates all lines before it. A line is v
 canonical encoding and its body has exactly the fields of its type.
 
     GENESIS   ledger_id, population, unit, neighboring_relation, max_nodes_per_user, epsilon, delta, mu_max,
-              public_key, format; mu_max is the limit of one (user, node), numbers are decimal strings
+              public_key, format; mu_max is the limit of one (user, node), numbers are decimal strings,
+              unit is "user" and neighboring_relation "zero-out"
     REGISTRY  population_size, users_per_node (the most users that one node hosts), digest (of the registry)
-    START     run, schedule, configuration_digest
+    START     run, schedule (its "rounds" and "noise_multiplier" bind the run, if they are there),
+              configuration_digest
     RESERVE   run, round, event, invited_users: charged from here on, for ever
     COMMIT    reserve (the sequence of its RESERVE), release_digest
     ABORT     reserve, code: nothing came of it; informative, no refund
@@ -39,6 +41,9 @@ from common.errors import LedgerCorrupt, Refused, VerificationError
 from common.records import canonical_json
 
 FORMAT = 1
+UNIT = "user"
+NEIGHBORING_RELATION = "zero-out"
+"""The one unit and the one relation that this version's accounting and its promise speak of."""
 ZERO_HEAD = bytes(32)
 _MAX_LINE = 2**20
 _SHARE_SLACK = 1e-9  # shares are decimal strings of square roots; a user's norm is checked in integers anyway
@@ -292,10 +297,10 @@ _BODIES: Mapping[str, Fields] = {
         "ledger_id": _is_text,
         "max_nodes_per_user": _is_positive,
         "mu_max": _is_decimal_or_inf,
-        "neighboring_relation": _is_text,
+        "neighboring_relation": lambda value: value == NEIGHBORING_RELATION,
         "population": _is_text,
         "public_key": _is_hex,
-        "unit": _is_text,
+        "unit": lambda value: value == UNIT,
     },
     "REGISTRY": {"digest": _is_hex, "population_size": _is_count, "users_per_node": _is_count},
     "START": {"configuration_digest": _is_hex, "run": _is_text, "schedule": _is_object},

@@ -12,14 +12,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.errors import StorageError, UmbelError, VerificationError
+from common.errors import UmbelError, VerificationError
 from common.files import unpack
 from privacy.accounting import PrivacySpent, mu_curve, spent
+from privacy.audit.releases import Releases, run_of, verify_release
 from privacy.audit.verify import Anchor, Verification, verify
 from privacy.disclosure import SIGNATURE_LIMITS, UNPROTECTED, Viewpoint, tuning_note, who_sees_what
 from privacy.gaussian import epsilon_of_mu, replace_one
@@ -247,19 +247,14 @@ def report_of(run_root: Path, *, public_key: str | None = None, anchor: Anchor |
         raise UmbelError(f"Expected a finished run, got no {ledger}. Resume the run, or report on its ledger.")
     model_path = release / "model.safetensors"
     arrays, facts = unpack(model_path) if model_path.exists() else ({}, {})
-    run = _text_or_none(facts.get("run"))
-    rounds_folder = release / "rounds"
-    checked = verify(
-        ledger,
-        public_key=public_key,
-        anchor=anchor,
-        release_found=lambda entry: entry.run != run or _is_there(rounds_folder, entry),
-    )
+    run = run_of(release)
+    releases = Releases(folder=release / "rounds", run=run)
+    checked = verify_release(ledger, releases, public_key=public_key, anchor=anchor)
     return _report(
         ledger,
         checked,
         run=run,
-        releases_found=sum(entry.run == run and _is_there(rounds_folder, entry) for entry in checked.commits),
+        releases_found=sum(entry.run == run and releases.holds(entry) for entry in checked.commits),
         attendance=_attendance(release / "metrics.jsonl"),
         model=_model_facts(arrays, facts) if arrays else None,
     )
@@ -423,14 +418,6 @@ def shown_rounds(count: int) -> list[int]:
     return sorted({*range(1, _EDGE_POINTS + 1), *middle, *range(count - _EDGE_POINTS + 1, count + 1)})
 
 
-def _is_there(rounds_folder: Path, entry: Round) -> bool:
-    path = rounds_folder / f"{entry.sequence:09d}.safetensors"
-    try:
-        return path.exists() and sha256(path.read_bytes()).hexdigest() == entry.release_digest
-    except OSError as error:
-        raise StorageError(f"Expected to read {path}, got {error.strerror}.") from error
-
-
 def _attendance(metrics: Path) -> dict[int, Attendance]:
     """By round; a line that is torn or not a round's is no reason to have no report."""
     found: dict[int, Attendance] = {}
@@ -456,10 +443,6 @@ def _model_facts(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> ModelFa
         feature_names=tuple(map(str, facts.get("feature_names", ()))),
         ledger_head=str(facts.get("ledger_head")),
     )
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def _versions() -> dict[str, str]:

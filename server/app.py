@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     settings = load_run(Path(root))
     key = load_key(settings.place.key)
     with PrivacyLedger.open(settings.place.ledger, key=key) as ledger:
-        train(settings, ledger, load_registry(settings.place.registry), FlowerNodes(grid), key.sign)
+        train(settings, ledger, load_registry(settings.folder.registry), FlowerNodes(grid), key.sign)
 
 
 class FlowerNodes:

@@ -1,6 +1,6 @@
 """The server's state on disk: only functions of releases, so a checkpoint may be seen by anybody."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from common.data import DataSchema
@@ -11,13 +11,31 @@ from server.rounds import ServerState
 _KEPT = 2
 
 
-def save_state(folder: Path, state: ServerState, sequence: int) -> None:
-    """Write the state after the release of ledger line `sequence`, and drop all but the newest two.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A state, and the ledger it belongs to.
+
+    Attributes:
+        state: The server's.
+        sequence: RESERVE line of the last release in it; -1 before the first.
+        ledger_sequence: Last line of the ledger when it was written.
+        ledger_head: The ledger's head there, hex.
+    """
+
+    state: ServerState
+    sequence: int = -1
+    ledger_sequence: int = -1
+    ledger_head: str = ""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, and drop all but the newest two.
 
     Raises:
         StorageError: If the disk fails; the newest checkpoint that was there still is.
     """
     make_folder(folder)
+    state, sequence = checkpoint.state, checkpoint.sequence
     arrays = {
         "beta": state.model.beta,
         "U": state.model.U,
@@ -31,6 +49,8 @@ def save_state(folder: Path, state: ServerState, sequence: int) -> None:
     }
     facts |= {
         "sequence": sequence,
+        "ledger_sequence": checkpoint.ledger_sequence,
+        "ledger_head": checkpoint.ledger_head,
         "b_variance": state.model.b_variance,
         "noise_variance": state.model.noise_variance,
     }
@@ -40,8 +60,8 @@ def save_state(folder: Path, state: ServerState, sequence: int) -> None:
             old.unlink()
 
 
-def load_state(folder: Path) -> tuple[ServerState, int] | None:
-    """The newest checkpoint and the ledger line whose release it follows; None where there is none.
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint; None where there is none.
 
     Raises:
         UmbelError: If the newest is not readable.
@@ -56,9 +76,10 @@ def load_state(folder: Path) -> tuple[ServerState, int] | None:
         b_variance=facts.pop("b_variance"),
         noise_variance=facts.pop("noise_variance"),
     )
-    sequence = int(facts.pop("sequence"))
+    sequence, ledger_sequence = int(facts.pop("sequence")), int(facts.pop("ledger_sequence"))
+    ledger_head = str(facts.pop("ledger_head"))
     state = ServerState(model=model, velocity=arrays["velocity"], inverse_moment=arrays["inverse_moment"], **facts)
-    return state, sequence
+    return Checkpoint(state=state, sequence=sequence, ledger_sequence=ledger_sequence, ledger_head=ledger_head)
 
 
 def save_schema(path: Path, schema: DataSchema) -> None:

@@ -24,6 +24,7 @@ _RELIABILITY_EXAMPLES = 10.0
 _RELIABILITY_BOUNDS = (0.2, 0.9)
 _FIRST_EFFECTIVE_EXAMPLES = 20.0
 _NOISE_VARIANCE_BOUNDS = (1e-4, 4.0)
+_B_VARIANCE_BOUNDS = (1e-6, 1e3)
 _TYPICAL_SCORE = 0.2
 _SCORE_BOUNDS = (-0.63, 0.5)
 _LEAST_PRESENCE = 0.05
@@ -146,6 +147,8 @@ def apply_round(
     if sparsity:
         scale = 2 / present
         b_variance *= _factor(scale * float(b_score), scale * scalar_stddev)
+        low, high = (bound * state.first_noise_variance for bound in _B_VARIANCE_BOUNDS)
+        b_variance = float(np.clip(b_variance, low, high))
     updated = SharedModel(
         beta=model.beta + step * velocity[:, r],
         U=model.U + step * velocity[:, :r],

@@ -31,6 +31,11 @@ class RunFolder:
         return self.root / "schema.safetensors"
 
     @property
+    def registry(self) -> Path:
+        """Nodes that may be invited; its digest is in the run's START line."""
+        return self.root / "registry.json"
+
+    @property
     def checkpoints(self) -> Path:
         """The server's states."""
         return self.root / "checkpoints"
@@ -66,6 +71,11 @@ class RunFolder:
         return self.root / "evaluation"
 
     @property
+    def timings(self) -> Path:
+        """Seconds that each round took: they depend on the data, so they are not published."""
+        return self.evaluation / "timings.jsonl"
+
+    @property
     def nodes(self) -> Path:
         """Settings and stores of a simulation's nodes: what stays on devices."""
         return self.root / "nodes"
@@ -85,11 +95,6 @@ class LedgerPlace:
     def key(self) -> Path:
         """The private key that signs lines and broadcasts."""
         return self.ledger.with_suffix(".key")
-
-    @property
-    def registry(self) -> Path:
-        """Nodes that may be invited."""
-        return self.ledger.with_suffix(".registry.json")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.errors import BudgetExhausted, Refused, StorageError, UmbelError
+from common.errors import BudgetExhausted, Refused, StorageError, UmbelError, VerificationError
 from common.files import append_line, clear_leftovers, cut_torn_line, make_folder, pack, unpack, write_durably
 from common.model import IntArray
 from common.records import Broadcast, Contribution, decode
@@ -35,7 +35,8 @@ from privacy.layout import (
 from privacy.ledger import PrivacyLedger, Reservation
 from privacy.mechanism import check_capacity, release
 from privacy.participation import is_noiseless
-from server.checkpoint import load_state, save_model, save_state
+from privacy.promise import reasons_against
+from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
 from server.initialization import initial_model, prior_noise_variance, regularized_moment
 from server.registry import Registry
 from server.rounds import ServerState, apply_round, initial_state, public_metric
@@ -49,6 +50,8 @@ SCALARS_SHARE = 0.2
 _STARTUP_SECONDS = 120.0
 _PAUSE_SECONDS = 0.2
 _SIGNIFICANT_DIGITS = 12
+_PASSING = frozenset({"unavailable", "client_error", "busy", "deadline", "error"})
+"""Refusals that the next round may not meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,26 +142,56 @@ class _Loop:
         self.acknowledged: dict[int, int] = {}
         check_capacity(registry.population_size, self.layout.grid_scale)
         make_folder(settings.folder.rounds)
+        make_folder(settings.folder.evaluation)
         self.users = self._identify()
+        found = load_checkpoint(settings.folder.checkpoints) or Checkpoint(state=_first_state(settings))
+        self.state, self.sequence = found.state, found.sequence
+        self._check_history(found)
         self._start()
-        self.state, self.sequence = load_state(settings.folder.checkpoints) or (_first_state(settings), -1)
+
+    def _check_history(self, checkpoint: Checkpoint) -> None:
+        """Refuse to go on where the ledger is older than the folder, as after a backup was put back.
+
+        Raises:
+            VerificationError: If the checkpoint or a release is not of this ledger's past.
+        """
+        ledger, folder = self.ledger, self.settings.folder
+        last = checkpoint.ledger_sequence
+        known = last <= ledger.sequence and (last < 0 or ledger.head_at(last).hex() == checkpoint.ledger_head)
+        paid = {self._release_path(entry.sequence) for entry in ledger.rounds_of(self.settings.run)}
+        if not known or not paid.issuperset(folder.rounds.glob("*.safetensors")):
+            raise VerificationError(
+                f"Expected a ledger that paid for every release in {folder.root}, got {ledger.path} without some of "
+                "them. It is an older copy or another's: put the newest one back; start again with a new run if it is "
+                "lost, after charging what was released."
+            )
 
     def _start(self) -> None:
-        """Write REGISTRY and START where the ledger does not have them yet."""
-        if self.ledger.registry is None or self.ledger.registry["digest"] != self.registry.digest:
-            self.ledger.record_registry(
-                self.registry.population_size, self.registry.users_per_node, self.registry.digest
+        """Write REGISTRY and START where the ledger does not have them yet; a run that goes on must be the same.
+
+        Raises:
+            VerificationError: If the run was started with another configuration, schedule or registry.
+        """
+        config, ledger, run = self.settings.config, self.ledger, self.settings.run
+        schedule = {
+            "rounds": config.training.rounds,
+            "noise_multiplier": self.settings.noise_multiplier,
+            "sampling": "none",
+            "epsilon": str(config.privacy.epsilon),
+            "delta": str(config.privacy.delta),
+            "registry": self.registry.digest,
+        }
+        digest = self.settings.configuration_digest
+        started = ledger.runs.get(run)
+        if started is not None and (started["schedule"], started["configuration_digest"]) != (schedule, digest):
+            raise VerificationError(
+                f"Expected run {run} as it was started, got another configuration or registry in "
+                f"{self.settings.folder.root}. Put the files back as they were, or start a new run."
             )
-        if self.settings.run not in self.ledger.runs:
-            privacy = self.settings.config.privacy
-            schedule = {
-                "rounds": self.settings.config.training.rounds,
-                "noise_multiplier": self.settings.noise_multiplier,
-                "sampling": "none",
-                "epsilon": str(privacy.epsilon),
-                "delta": str(privacy.delta),
-            }
-            self.ledger.start(self.settings.run, schedule, self.settings.configuration_digest)
+        if ledger.registry is None or ledger.registry["digest"] != self.registry.digest:
+            ledger.record_registry(self.registry.population_size, self.registry.users_per_node, self.registry.digest)
+        if started is None:
+            ledger.start(run, schedule, digest)
 
     @property
     def rounds_left(self) -> int:
@@ -169,6 +202,7 @@ class _Loop:
         """Apply the releases that are on disk but not in the checkpoint; commit one that was only staged."""
         clear_leftovers(self.settings.folder.rounds)
         cut_torn_line(self.settings.folder.metrics)
+        cut_torn_line(self.settings.folder.timings)
         for entry in self.ledger.rounds_of(self.settings.run):
             path = self._release_path(entry.sequence)
             if entry.sequence <= self.sequence or entry.abort_code is not None:
@@ -213,7 +247,7 @@ class _Loop:
             self._apply(noised, reservation.sequence, event)
         self._report(server_round, len(node_ids), replies, time.perf_counter() - started)
         if not replies.answered:
-            _check_disks(replies.refusals)
+            _check_refusals(replies.refusals)
 
     def finish(self) -> None:
         """Publish the final model and the ledger's copy, and let the devices personalize with it."""
@@ -226,6 +260,7 @@ class _Loop:
             "sparsity": settings.config.model.sparsity,
             "feature_names": list(settings.schema.feature_names),
             "target_offset": settings.schema.target_offset,
+            "not_private": list(self._reasons_against()),
         }
         save_model(folder.model, self.state.model, facts)
         self.ledger.copy_to(folder.ledger_copy)
@@ -234,10 +269,18 @@ class _Loop:
         refused = [a.code for a in self._answers(node_ids, "train.fold_in", payload) if a.code is not None]
         ROUNDS_LOG.info("fold_in", extra={"fold_in": {"nodes": len(node_ids), "refused": refused}})
         if len(refused) == len(node_ids):
-            _check_disks(refused)
+            _check_refusals(refused)
+
+    def _reasons_against(self) -> tuple[str, ...]:
+        """Why nothing is promised, if so; stamped on everything that is published."""
+        return reasons_against(self.ledger.events(), str(self.ledger.genesis["mu_max"]))
 
     def _identify(self) -> dict[int, int]:
-        """Users by node number: ask nodes for their names until the registry is complete or time is up."""
+        """Users by node number: ask nodes for their names until the registry is complete or time is up.
+
+        A node that hosts another number of users than the registry says is left out, before anything is charged:
+        later the bound on its sum would let one user decide whether all of them count.
+        """
         known: dict[int, int] = {}
         unclaimed = self.registry.users_of()
         named: set[int] = set()
@@ -246,14 +289,18 @@ class _Loop:
         while unclaimed and (left := until - time.monotonic()) > 0:
             unnamed = [node_id for node_id in self.nodes.node_ids() if node_id not in named]
             for answer in self.nodes.ask(unnamed, "query.identity", b"", bytes(64), left):
-                name = _name_in(answer)
+                name, hosted = _identity_in(answer)
                 if not name:
                     refused[answer.node_id] = answer.code or "malformed"
                     continue  # asked again: what is wrong there may be mended
                 named.add(answer.node_id)
                 users = unclaimed.pop(name, None)  # a name is taken once
-                if users is not None and users <= self.settings.config.privacy.max_users_per_node:
+                if users is None:
+                    continue
+                if users == hosted and users <= self.settings.config.privacy.max_users_per_node:
                     known[answer.node_id] = users
+                else:
+                    refused[answer.node_id] = "policy_users"
             if unclaimed:
                 time.sleep(_PAUSE_SECONDS)
         if not known:
@@ -306,8 +353,11 @@ class _Loop:
         return self.settings.folder.rounds / f"{sequence:09d}.safetensors"
 
     def _publish(self, data: bytes, sequence: int) -> None:
-        """Stage, fsync, rename; then COMMIT. Only noised integers ever touch the disk."""
-        write_durably(self._release_path(sequence), data)
+        """Stage, fsync, rename; then COMMIT. Only noised integers ever touch the disk, and none is written over."""
+        path = self._release_path(sequence)
+        if path.exists() and path.read_bytes() != data:
+            raise VerificationError(f"Expected no release at {path} yet, got another one. Put the ledger back.")
+        write_durably(path, data)
         self.ledger.commit(sequence, sha256(data).hexdigest())
 
     def _apply(self, noised: IntArray, sequence: int, event: Any) -> None:
@@ -324,25 +374,36 @@ class _Loop:
             sparsity=config.model.sparsity,
         )
         self.sequence = sequence
-        save_state(self.settings.folder.checkpoints, self.state, sequence)
+        save_checkpoint(
+            self.settings.folder.checkpoints,
+            Checkpoint(
+                state=self.state,
+                sequence=sequence,
+                ledger_sequence=self.ledger.sequence,
+                ledger_head=self.ledger.head.hex(),
+            ),
+        )
 
     def _report(self, server_round: int, invited: int, replies: "_Replies", seconds: float) -> None:
         genesis = self.ledger.genesis
         delta = float(genesis["delta"])
+        against = self._reasons_against()
         numbers = {
             "round": server_round,
             "rounds": self.settings.config.training.rounds,
             "invited": invited,
             "answered": replies.answered,
             "refusals": replies.refusals,
-            "epsilon_spent": _finite_or_none(self.ledger.epsilon_spent(delta)),
+            "epsilon_spent": None if against else _finite_or_none(self.ledger.epsilon_spent(delta)),
             "epsilon_budget": _finite_or_none(float(genesis["epsilon"])),
             "clipping_norm": self.state.clipping_norm,
             "noise_variance": self.state.model.noise_variance,
             "b_variance": self.state.model.b_variance,
-            "seconds": seconds,
+            "not_private": list(against),
         }
         append_line(self.settings.folder.metrics, json.dumps(numbers).encode())
+        # how long it took depends on users' data: for the person at the machine only
+        append_line(self.settings.folder.timings, json.dumps({"round": server_round, "seconds": seconds}).encode())
         ROUNDS_LOG.info("round", extra={"round": numbers})
 
 
@@ -424,25 +485,34 @@ def _noise(settings: RunSettings, sequence: int) -> NoiseSource:
     return SystemNoise() if seed is None else SeededNoise(seed, sequence)
 
 
-def _name_in(answer: Answer) -> str:
+def _identity_in(answer: Answer) -> tuple[str, int]:
+    """The name a node gives itself and how many users it hosts; no name where the answer is not one."""
     if answer.payload is None:
-        return ""
+        return "", 0
     try:
-        return str(decode(answer.payload)[0].get("name", ""))
-    except Refused:
-        return ""
+        header, _ = decode(answer.payload)
+        return str(header["name"]), int(header["users"])
+    except (Refused, KeyError, TypeError, ValueError):
+        return "", 0
 
 
-def _check_disks(codes: Iterable[str]) -> None:
-    """Stop where no node could store its answer: one round after the other would be charged for nothing.
+def _check_refusals(codes: Iterable[str]) -> None:
+    """Stop where every node refused for good: one round after the other would be charged for nothing.
 
     Raises:
-        StorageError: If all refused for this reason.
+        StorageError: If their disks failed.
+        VerificationError: If the ledger is not what they remember.
+        UmbelError: If it is for another reason that the next round would not change.
     """
-    if set(codes) == {"storage"}:
-        raise StorageError(
-            "Expected nodes that can store what they answer, got none: their disks failed. Make room, then resume."
-        )
+    found = set(codes)
+    if not found or found & _PASSING:
+        return
+    said = f"Expected nodes that answer, got only refusals: {', '.join(sorted(found))}."
+    if found == {"storage"}:
+        raise StorageError(f"{said} Their disks failed. Make room, then resume.")
+    if any(code.startswith("ledger") for code in found):
+        raise VerificationError(f"{said} Put back the newest ledger, then resume.")
+    raise UmbelError(f"{said} Change what they refuse, or their policy.")
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -27,7 +27,7 @@ from common.records import Broadcast, Contribution, encode
 from privacy.layout import Layout
 from privacy.ledger import PrivacyLedger
 from server.app import app as server_app
-from server.checkpoint import load_state
+from server.checkpoint import load_checkpoint
 from server.rounds import ServerState
 from server.settings import RunFolder
 from server.training import contribution_layout
@@ -72,9 +72,9 @@ class Run:
     @property
     def state(self) -> ServerState:
         """The server's last state."""
-        found = load_state(self.folder.checkpoints)
+        found = load_checkpoint(self.folder.checkpoints)
         assert found is not None
-        return found[0]
+        return found.state
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 import math
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from common.errors import UmbelError, VerificationError
 from privacy.accounting import gdp_epsilon, mu_curve, spent, total_mu
+from privacy.audit.releases import Releases, run_of, verify_release
 from privacy.audit.verify import Anchor, Verification, verify
 from privacy.gaussian import replace_one
 from privacy.keys import load_key, public_key_hex
@@ -36,28 +37,42 @@ class Target:
 
     Attributes:
         ledger: The file of lines.
-        rounds: Folder with the noised releases; None for a ledger alone.
-        run: The run whose releases must all be in `rounds`; None if not known.
+        releases: What must be beside it; None for a ledger alone.
     """
 
     ledger: Path
-    rounds: Path | None = None
-    run: str | None = None
+    releases: Releases | None = None
 
 
 def find_target(path: Path) -> Target:
     """A ledger file, or the ledger and the releases of a run folder or of its `release` folder.
 
     Raises:
-        UmbelError: If there is no ledger.
+        UmbelError: If there is no ledger, or the released model cannot be read.
     """
     if not path.is_dir():
         return Target(ledger=path)
-    release = path / "release" if (path / "release").is_dir() else path
-    for ledger in (release / "ledger.jsonl", path / "ledger.jsonl"):
+    ledger, release = find_ledger(path), _release_folder(path)
+    run = run_of(release) or _run_name(path / "config.toml")  # a run that is not finished has no model yet
+    return Target(ledger=ledger, releases=Releases(folder=release / "rounds", run=run))
+
+
+def find_ledger(path: Path) -> Path:
+    """The ledger of a run folder or of its `release` folder, or the file itself.
+
+    Raises:
+        UmbelError: If there is none.
+    """
+    if not path.is_dir():
+        return path
+    for ledger in (_release_folder(path) / "ledger.jsonl", path / "ledger.jsonl"):
         if ledger.exists():
-            return Target(ledger=ledger, rounds=release / "rounds", run=_run_name(path / "config.toml"))
+            return ledger
     raise UmbelError(f"Expected a ledger.jsonl in {path}, got none. Name the population's ledger itself.")
+
+
+def _release_folder(path: Path) -> Path:
+    return path / "release" if (path / "release").is_dir() else path
 
 
 def read_public_key(text: str) -> str:
@@ -111,24 +126,22 @@ def audit(
     Raises:
         UmbelError: If the ledger cannot be read, or a number is out of range.
     """
-    found = verify(
-        target.ledger,
-        public_key=public_key,
-        anchor=Anchor.parse(anchor) if anchor else None,
-        all_signatures=all_signatures,
-        release_found=None if target.rounds is None else lambda entry: _is_there(entry, target),
-    )
-    status, line, reason = found.status, found.line, found.reason
-    if found.status != "failed" and (stray := _stray_release(found, target)):
-        status, reason = "failed", stray
-    over = status == "failed" and _is_authentic_overrun(target.ledger, found, public_key)
-    exit_code = {"verified": VERIFIED, "failed": FAILED}.get(status, OWNER_NOT_VERIFIED)
+    known: dict[str, Any] = {
+        "public_key": public_key,
+        "anchor": Anchor.parse(anchor) if anchor else None,
+        "all_signatures": all_signatures,
+    }
+    releases = target.releases
+    found = verify(target.ledger, **known) if releases is None else verify_release(target.ledger, releases, **known)
+    over = found.status == "failed" and _is_authentic_overrun(target.ledger, found, public_key)
+    exit_code = {"verified": VERIFIED, "failed": FAILED}.get(found.status, OWNER_NOT_VERIFIED)
+    privacy = _privacy(found, delta) if found.genesis else None
     return {
-        "status": "over budget" if over else status,
+        "status": "over budget" if over else _status(found, privacy),
         "exit_code": OVER_BUDGET if over else exit_code,
         "ledger": str(target.ledger),
-        "line": line,
-        "reason": reason,
+        "line": found.line,
+        "reason": found.reason,
         "lines": found.sequence + 1,
         "torn_bytes": found.torn_bytes,
         "head": f"{found.sequence}:{found.head}",
@@ -140,9 +153,9 @@ def audit(
             "reserved": len(found.rounds),
             "committed": len(found.commits),
             "open": len(found.open_reservations),
-            "compared": sum(_path_of(entry, target.rounds).exists() for entry in found.commits) if target.rounds else 0,
+            "compared": 0 if releases is None else sum(releases.path(entry).exists() for entry in found.commits),
         },
-        "privacy": _privacy(found, delta) if found.genesis else None,
+        "privacy": privacy,
     }
 
 
@@ -157,7 +170,7 @@ def ledger_contents(path: Path, run: str | None = None) -> dict[str, Any]:
         UmbelError: If there is no such ledger or run.
         LedgerCorrupt: If a line is not valid.
     """
-    ledger = PrivacyLedger.open(find_target(path).ledger)
+    ledger = PrivacyLedger.open(find_ledger(path))
     if run is not None and run not in ledger.runs:
         raise UmbelError(
             f"Expected one of the runs {', '.join(ledger.runs) or '(none)'}, got {run=}. Name one of them."
@@ -165,6 +178,7 @@ def ledger_contents(path: Path, run: str | None = None) -> dict[str, Any]:
     genesis, delta, s = ledger.genesis, float(ledger.genesis["delta"]), int(ledger.genesis["max_nodes_per_user"])
     rounds = sorted((r for name in ledger.runs for r in ledger.rounds_of(name)), key=lambda entry: entry.sequence)
     mu = mu_curve([entry.event["noise_multiplier"] for entry in rounds], s)
+    reasons = reasons_against(ledger.events(), genesis["mu_max"])
     return {
         "ledger": str(ledger.path),
         "head": f"{ledger.sequence}:{ledger.head.hex()}",
@@ -173,11 +187,13 @@ def ledger_contents(path: Path, run: str | None = None) -> dict[str, Any]:
         "public_key": ledger.public_key,
         "torn_bytes": ledger.torn_bytes,
         "epsilon_budget": _finite(float(genesis["epsilon"])),
-        "epsilon_spent": _finite(ledger.epsilon_spent(delta)),
+        "epsilon_spent": None if reasons else _finite(ledger.epsilon_spent(delta)),
         "delta": delta,
+        "not_private": bool(reasons),
+        "reasons_against": list(reasons),
         "runs": {name: dict(body) for name, body in ledger.runs.items()},
         "rounds": [
-            {**_round_facts(entry), "mu_after": _finite(after)}
+            {**_round_facts(entry), "mu_after": None if reasons else _finite(after)}
             for entry, after in zip(rounds, mu, strict=True)
             if run in (None, entry.run)
         ],
@@ -202,8 +218,15 @@ def _outcome(entry: Round) -> str:
     return "released" if entry.abort_code is None else f"aborted: {entry.abort_code}"
 
 
+def _status(found: Verification, privacy: Mapping[str, Any] | None) -> str:
+    """The verdict on the ledger; whether it is right and whether it promises something are two things."""
+    if found.status == "failed" or privacy is None or not privacy["not_private"]:
+        return found.status
+    return f"{found.status}, NOT PRIVATE"
+
+
 def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:
-    """`privacy` of the audit: the budget, and epsilon recomputed from nothing but the events."""
+    """`privacy` of the audit: the budget, and epsilon recomputed from nothing but the events; void without a promise."""
     genesis = found.genesis
     s, budget_delta = int(genesis["max_nodes_per_user"]), float(genesis["delta"])
     delta = budget_delta if delta is None else delta
@@ -212,6 +235,8 @@ def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:
     except ValueError as error:
         raise UmbelError(str(error)) from error
     reasons = reasons_against(found.events, genesis["mu_max"])
+    if reasons:
+        losses = dict.fromkeys(losses)
     return {
         "epsilon_budget": _finite(float(genesis["epsilon"])),
         "delta_budget": budget_delta,
@@ -221,6 +246,7 @@ def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:
         "neighboring_relation": genesis["neighboring_relation"],
         "max_nodes_per_user": s,
         "not_private": bool(reasons),
+        "reasons_against": list(reasons),
         "promise": promise_of_ledger(
             losses["epsilon"],
             delta,
@@ -261,28 +287,6 @@ def _run_name(config: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return str(name) if name else None
-
-
-def _path_of(entry: Round, rounds: Path) -> Path:
-    return rounds / f"{entry.sequence:09d}.safetensors"
-
-
-def _is_there(entry: Round, target: Target) -> bool:
-    """Whether a committed release is as committed; one of another run, or of an unknown one, may be elsewhere."""
-    if target.rounds is None:
-        return True
-    path = _path_of(entry, target.rounds)
-    if not path.exists():
-        return entry.run != target.run
-    return sha256(path.read_bytes()).hexdigest() == entry.release_digest
-
-
-def _stray_release(found: Verification, target: Target) -> str:
-    """Why a file among the releases was never paid for; an empty string if all were."""
-    paid = {f"{entry.sequence:09d}.safetensors" for entry in found.rounds if entry.abort_code is None}
-    released = sorted(target.rounds.glob("*.safetensors")) if target.rounds is not None else []
-    strays = [path for path in released if path.name not in paid]
-    return f"Expected a RESERVE line for every release, got none for {strays[0]}." if strays else ""
 
 
 def _is_authentic_overrun(ledger: Path, found: Verification, public_key: str | None) -> bool:

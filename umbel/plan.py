@@ -94,7 +94,7 @@ def forecast_of(config: Config) -> dict[str, Any]:
     if exists and plan["ledger"]["population"] != name:
         raise UmbelError(
             f"Expected the ledger of {name}, got {path} of {plan['ledger']['population']}. "
-            "Name that population's ledger, or a new path."
+            "Name the ledger of these users."
         )
     if path is not None and not exists:
         plan["notes"].append(f"{path} is new: it starts with the whole budget.")

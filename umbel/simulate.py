@@ -25,7 +25,7 @@ from privacy.participation import is_noiseless, mu_max_string
 from privacy.promise import promise_of_ledger, reasons_against
 from privacy.report_page import write_reports
 from server.checkpoint import load_model, save_schema
-from server.registry import Registry, registry_of
+from server.registry import registry_of
 from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
 from server.training import ROUNDS_LOG, contribution_layout
 from umbel.evaluate import paired_difference
@@ -148,10 +148,11 @@ def lay_out(config: Config, progress: Progress) -> Config:
             "run.noise_multiplier": noise_multiplier,
         },
     )
-    genesis, public_key = prepare_ledger(resolved, place, registry, mu_max)
+    genesis, public_key = prepare_ledger(resolved, place, mu_max)
     if config.run.ledger is None and config.data.source != "synthetic":
         progress.warn("the ledger is new and counts this run only; name the population's own with --ledger PATH.")
     make_folder(root)
+    registry.save(folder.registry)
     save_schema(folder.schema, schema)
     make_folder(folder.nodes, mode=0o700)
     nodes = NodeSettings(
@@ -179,7 +180,7 @@ def check_shape(config: Config, schema: DataSchema) -> None:
             )
 
 
-def prepare_ledger(config: Config, place: LedgerPlace, registry: Registry, mu_max: str) -> tuple[dict[str, Any], str]:
+def prepare_ledger(config: Config, place: LedgerPlace, mu_max: str) -> tuple[dict[str, Any], str]:
     """Make the ledger or check that the run fits the one there is; returns its GENESIS and public key."""
     privacy, population = config.privacy, Path(config.data.source).name
     if not _is_begun(place.ledger):
@@ -195,26 +196,22 @@ def prepare_ledger(config: Config, place: LedgerPlace, registry: Registry, mu_ma
             key=key,
         ):
             pass
-        registry.save(place.registry)
     with PrivacyLedger.open(place.ledger, key=load_key(place.key)) as ledger:
-        check_fits(ledger, config, registry, place, population)
+        check_fits(ledger, config, place, population)
         return dict(ledger.genesis), ledger.public_key
 
 
-def check_fits(ledger: PrivacyLedger, config: Config, registry: Registry, place: LedgerPlace, population: str) -> None:
+def check_fits(ledger: PrivacyLedger, config: Config, place: LedgerPlace, population: str) -> None:
     """Refuse a run whose population or schedule is not the ledger's, before anything is charged.
 
     Raises:
         UmbelError: If the ledger belongs to another population.
         BudgetExhausted: If not all rounds of the run fit.
     """
-    recorded = ledger.registry
-    size = registry.population_size
-    other = ledger.genesis["population"] != population or (recorded is not None and recorded["population_size"] != size)
-    if other:
+    if ledger.genesis["population"] != population:
         raise UmbelError(
-            f"Expected the ledger of {population} with {size} users, got {place.ledger} of "
-            f"{ledger.genesis['population']}. Name that population's ledger, or a new path."
+            f"Expected the ledger of {population}, got {place.ledger} of {ledger.genesis['population']}. "
+            "Name the ledger of these users."
         )
     if ledger.genesis["max_nodes_per_user"] != config.privacy.max_nodes_per_user:
         raise UmbelError(
@@ -229,8 +226,6 @@ def check_fits(ledger: PrivacyLedger, config: Config, registry: Registry, place:
             f"{config.privacy.epsilon}, got one with room for {affordable:g}: {place.ledger} has spent epsilon "
             f"{ledger.epsilon_spent(delta):.4g} of {ledger.genesis['epsilon']}. Lower --epsilon or --rounds."
         )
-    if recorded is None or recorded["digest"] != registry.digest:
-        registry.save(place.registry)
 
 
 def run_engine(config: Config, folder: RunFolder, *, app_dir: Path = CHECKOUT) -> list[dict[str, Any]]:
@@ -292,7 +287,7 @@ def evaluated(
     model, _ = load_model(folder.model)
     ours, found, penalties = evaluate(config, schema, model, with_baselines=with_baselines, on_step=progress.step)
     population = sources.read(config.data, config.model.family).train.num_users
-    seconds = [entry["seconds"] for entry in rounds]
+    seconds = [json.loads(line)["seconds"] for line in folder.timings.read_text().splitlines()]
     results = {
         "run": str(folder.root),
         "report": str(folder.root / "report.html"),

@@ -107,8 +107,9 @@ def verify(
     """Verify a ledger file, or a copy of one.
 
     Checked: canonical form, sequence, chain, the last signature and those of KEY lines, one GENESIS, START
-    before RESERVE, no round reserved twice, at most one COMMIT or ABORT for a RESERVE, mu_max within (epsilon,
-    delta), and that at no line the budget was exceeded.
+    before RESERVE, no round reserved twice, no more rounds and no other noise multiplier than START's schedule
+    says, at most one COMMIT or ABORT for a RESERVE, mu_max within (epsilon, delta), and that at no line the
+    budget was exceeded.
 
     Args:
         path: The file; it is not changed, and may be in use.

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from common.data import DataSchema
 from common.errors import StorageError, UmbelError
 from common.model import SharedModel
-from server.checkpoint import load_model, load_schema, load_state, save_model, save_schema, save_state
+from server.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_model,
+    load_schema,
+    save_checkpoint,
+    save_model,
+    save_schema,
+)
 from server.initialization import regularized_moment
 from server.rounds import ServerState, apply_round, initial_state, public_metric
 from server.training import contribution_layout
@@ -53,11 +61,13 @@ def test_a_state_comes_back_bit_for_bit(tmp_path_factory, seed, d, r):
     """Every float of a state survives the disk, and so does the sequence number."""
     folder = tmp_path_factory.mktemp("checkpoints")
     state = random_state(seed, d, min(r, d))
-    save_state(folder, state, 12)
-    found = load_state(folder)
+    saved = Checkpoint(state=state, sequence=12, ledger_sequence=13, ledger_head="ab" * 32)
+    save_checkpoint(folder, saved)
+    found = load_checkpoint(folder)
     assert found is not None
-    assert_same(state, found[0])
-    assert found[1] == 12
+    assert (found.ledger_sequence, found.ledger_head) == (13, "ab" * 32)
+    assert_same(state, found.state)
+    assert found.sequence == 12
 
 
 def test_a_resumed_run_takes_the_same_step(tmp_path):
@@ -66,60 +76,60 @@ def test_a_resumed_run_takes_the_same_step(tmp_path):
     rng = np.random.default_rng(0)
     state = random_state(1, 9, 4)
     for sequence in range(3):
-        save_state(tmp_path, state, sequence)
-        found = load_state(tmp_path)
+        save_checkpoint(tmp_path, Checkpoint(state=state, sequence=sequence))
+        found = load_checkpoint(tmp_path)
         assert found is not None
         noised = rng.integers(-(2**20), 2**20, layout.size)
         options = {
             "layout": layout, "clipping_norm": state.clipping_norm, "noise_multiplier": 2.0, "denominator": 100,
             "adapt_clipping": True, "family": "squared", "sparsity": 2,
         }  # fmt: skip
-        assert np.array_equal(public_metric(state, "squared"), public_metric(found[0], "squared"))
+        assert np.array_equal(public_metric(state, "squared"), public_metric(found.state, "squared"))
         next_state = apply_round(state, noised, **options)
-        assert_same(next_state, apply_round(found[0], noised, **options))
+        assert_same(next_state, apply_round(found.state, noised, **options))
         state = next_state
 
 
 def test_the_newest_counts_and_two_are_kept(tmp_path):
     """Sequence numbers order checkpoints; the last two stay, for the one being written."""
     for sequence in (3, 5, 12, 100):
-        save_state(tmp_path, random_state(sequence), sequence)
-    found = load_state(tmp_path)
+        save_checkpoint(tmp_path, Checkpoint(state=random_state(sequence), sequence=sequence))
+    found = load_checkpoint(tmp_path)
     assert found is not None
-    assert found[1] == 100
-    assert_same(found[0], random_state(100))
+    assert found.sequence == 100
+    assert_same(found.state, random_state(100))
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_no_checkpoint_is_none(tmp_path):
     """A new run, or a folder that is not there yet."""
-    assert load_state(tmp_path) is None
-    assert load_state(tmp_path / "missing") is None
+    assert load_checkpoint(tmp_path) is None
+    assert load_checkpoint(tmp_path / "missing") is None
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     """A checkpoint that cannot be written leaves the one before."""
-    save_state(tmp_path, random_state(1), 1)
+    save_checkpoint(tmp_path, Checkpoint(state=random_state(1), sequence=1))
 
     def fails(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(StorageError):
-        save_state(tmp_path, random_state(2), 2)
+        save_checkpoint(tmp_path, Checkpoint(state=random_state(2), sequence=2))
     monkeypatch.undo()
-    found = load_state(tmp_path)
+    found = load_checkpoint(tmp_path)
     assert found is not None
-    assert found[1] == 1
+    assert found.sequence == 1
 
 
 def test_a_torn_checkpoint_is_refused(tmp_path):
     """Half a file is not a state."""
-    save_state(tmp_path, random_state(1), 1)
+    save_checkpoint(tmp_path, Checkpoint(state=random_state(1), sequence=1))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UmbelError, match="Restore or remove"):
-        load_state(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_a_model_comes_back(tmp_path):
