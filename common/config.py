@@ -237,7 +237,7 @@ class TrainingConfig(_Section):
         round_timeout: Seconds to wait for replies; a round goes on with whoever answered.
     """
 
-    rounds: Count = 10
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     engine: Literal["in-process", "flower"] = "in-process"
     nodes: Count = 2
     round_timeout: Positive = 600.0
@@ -247,7 +247,8 @@ class PrivacyConfig(_Section):
     """Everything that can change the privacy guarantee.
 
     Attributes:
-        epsilon: The budget, or "none" for a run without noise.
+        epsilon: What the run may spend, or "none" for a run without noise.
+        ledger_epsilon: Budget of a ledger that the run has to make, for this run and later ones; by default `epsilon`.
         delta: Of the budget; by default min(1e-6, 1 / (10 n)) for n users.
         max_nodes_per_user: Up to how many nodes one person may be a user of; multiplies the sensitivity.
         clipping: "adaptive", or a public constant clipping norm.
@@ -256,6 +257,7 @@ class PrivacyConfig(_Section):
     """
 
     epsilon: Annotated[float | Literal["none"], _number_or_word("none")] = 1.0
+    ledger_epsilon: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     max_nodes_per_user: Count = 1
     clipping: Annotated[float | Literal["adaptive"], _number_or_word("adaptive")] = "adaptive"

@@ -42,6 +42,7 @@ from common.tables import (
     column_names,
     completeness,
     describe_bad_rows,
+    describe_columns,
     number_check,
     read_cells,
     text_check,
@@ -219,8 +220,8 @@ def _load_table(path: Path, data: DataConfig, family: Family) -> Loaded:
         known = column_names(path, table=data.table)
         raise DataError(
             "Expected data.features, the columns to learn from with their public ranges, got none. "
-            f"The columns of {path.name} are: {', '.join(known)}. For ratings, declare data.item_features "
-            "or data.catalogue."
+            f"{path.name}: {describe_columns(path, known, _usual_names())} For ratings, declare "
+            "data.item_features or data.catalogue."
         )
     rows = _read_rows(path, None, data, family, [feature.name for feature in data.features])
     encoded = encode_features(rows.cells.columns, data.features)
@@ -243,8 +244,12 @@ def _column(role: str, declared: str | None, known: Sequence[str], path: Path) -
             return name
     raise DataError(
         f"{path.name}: Expected the {role} in a column {' or '.join(map(repr, candidates))}, got none. "
-        f"Set data.{role} to one of: {', '.join(known)}."
+        f"Set data.{role}. {describe_columns(path, known, {*_usual_names(), *candidates})}"
     )
+
+
+def _usual_names() -> set[str]:
+    return {name for names in _ALIASES.values() for name in names}
 
 
 def _read_rows(path: Path, layout: Layout | None, data: DataConfig, family: Family, others: Sequence[str]) -> _Rows:
@@ -342,8 +347,8 @@ def _declared_target(data: DataConfig, family: Family) -> tuple[float, float, fl
 def _number_users(names: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
     """Users by first appearance, in bad rows too, and each row's user as a number: -1 where it names none."""
     numbers: dict[str, int] = {}
-    code = (numbers.setdefault(name, len(numbers)) if name else -1 for name in names)
-    return tuple(numbers), np.fromiter(code, np.int64, len(names))
+    code = [numbers.setdefault(name, len(numbers)) if name else -1 for name in names]
+    return tuple(numbers), np.array(code, np.int64)
 
 
 def _group(code: IntArray, time: Array | None, good: IntArray, num_users: int) -> tuple[IntArray, IntArray]:

@@ -7,7 +7,7 @@ never the value, because the value is a user's.
 
 import csv
 import sqlite3
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -93,6 +93,18 @@ def column_names(path: Path, *, table: str | None = None, layout: Layout | None 
     return _text_header(path, layout or _layout_of(path))
 
 
+def describe_columns(path: Path, known: Sequence[str], expected: Iterable[str]) -> str:
+    """The columns a file has, for an error; not if they may be somebody's data.
+
+    A text file without a header starts with the first person's row: its fields are named only where at least one of
+    them is a name that was expected.
+    """
+    named = path.suffix in (*_SQLITE_SUFFIXES, *_PARQUET_SUFFIXES) or not set(known).isdisjoint(expected)
+    if named:
+        return f"The columns are: {', '.join(known)}."
+    return f"Its first line has {len(known)} fields, none with a name that was expected: it must be a header."
+
+
 def read_cells(path: Path, names: Sequence[str], *, table: str | None = None, layout: Layout | None = None) -> Cells:
     """The columns `names` of a file.
 
@@ -104,7 +116,7 @@ def read_cells(path: Path, names: Sequence[str], *, table: str | None = None, la
         if known.count(name) != 1:
             problem = "twice" if name in known else "no such column"
             raise DataError(
-                f"{path.name}: Expected one column {name!r}, got {problem}. The columns are: {', '.join(known)}."
+                f"{path.name}: Expected one column {name!r}, got {problem}. {describe_columns(path, known, names)}"
             )
     wanted = tuple(dict.fromkeys(names))
     if path.suffix in _SQLITE_SUFFIXES:

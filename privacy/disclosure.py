@@ -74,6 +74,7 @@ def who_sees_what(users_per_node: int | None, *, is_private: bool) -> tuple[View
 
 UNPROTECTED = (
     "Who is registered, who is invited, who answers and when.",
+    "When each line of the ledger was written, to the second.",
     "How many users there are in all and on each node.",
     "Why a node refused to answer: refusals carry a public code, which never depends on a user's data.",
     "Names, declared ranges and vocabularies of features, the range of the target, and every setting of the run.",
@@ -89,6 +90,8 @@ SIGNATURE_LIMITS = (
     "That the noise was drawn as the ledger says, and that nodes clipped as they should. "
     "That is a matter of the software and of tests of it. Nodes that run whatever code the server ships hold their "
     "limits against mistakes, not against a malicious server.",
+    "That the model file is the one that was trained. The ledger commits to the noised sums, from which the model "
+    "follows; the file itself is not signed yet, so changed bytes in it are not noticed.",
     "That everything done with these people's data was charged here. A second ledger is invisible to the first.",
     "That registered users are different people.",
     "That this page is what the ledger says. Recompute it from the ledger.",

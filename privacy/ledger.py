@@ -33,7 +33,7 @@ from common.errors import LedgerCorrupt, StorageError, UmbelError, VerificationE
 from privacy.gaussian import epsilon_of_mu
 from privacy.keys import public_key_hex
 from privacy.ledger_state import Event, LedgerState, Reading, Round, read_file
-from privacy.lines import FORMAT, ZERO_HEAD, Line, chain, parse_line, signed_line
+from privacy.lines import FORMAT, NEIGHBORING_RELATION, UNIT, ZERO_HEAD, Line, chain, parse_line, signed_line
 
 _FIRST_BYTES = b'{"body":{"delta":'
 
@@ -80,8 +80,6 @@ class PrivacyLedger:
         mu_max: str,
         max_nodes_per_user: int,
         key: Ed25519PrivateKey,
-        neighboring_relation: str = "zero-out",
-        unit: str = "user",
         ledger_id: str | None = None,
     ) -> Self:
         """Make a new ledger with its GENESIS line.
@@ -95,8 +93,6 @@ class PrivacyLedger:
             mu_max: Limit of one (user, node), rounded down: `participation.mu_max_string`.
             max_nodes_per_user: s, the most nodes that one user's data may be on.
             key: Owner of the ledger.
-            neighboring_relation: What one user's data is compared with.
-            unit: What is protected.
             ledger_id: A name of its own, random if not given.
 
         Raises:
@@ -107,8 +103,8 @@ class PrivacyLedger:
         body = {
             "ledger_id": ledger_id or uuid4().hex,
             "population": population,
-            "unit": unit,
-            "neighboring_relation": neighboring_relation,
+            "unit": UNIT,
+            "neighboring_relation": NEIGHBORING_RELATION,
             "max_nodes_per_user": max_nodes_per_user,
             "epsilon": _decimal_string(epsilon),
             "delta": _decimal_string(delta),

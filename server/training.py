@@ -50,7 +50,7 @@ SCALARS_SHARE = 0.2
 _STARTUP_SECONDS = 120.0
 _PAUSE_SECONDS = 0.2
 _SIGNIFICANT_DIGITS = 12
-_PASSING = frozenset({"unavailable", "client_error", "busy", "deadline", "error"})
+_PASSING = frozenset({"unavailable", "client_error", "busy", "deadline", "malformed", "error"})
 """Refusals that the next round may not meet."""
 
 
@@ -142,7 +142,7 @@ class _Loop:
         self.acknowledged: dict[int, int] = {}
         check_capacity(registry.population_size, self.layout.grid_scale)
         make_folder(settings.folder.rounds)
-        make_folder(settings.folder.evaluation)
+        make_folder(settings.folder.evaluation, mode=0o700)
         self.users = self._identify()
         found = load_checkpoint(settings.folder.checkpoints) or Checkpoint(state=_first_state(settings))
         self.state, self.sequence = found.state, found.sequence

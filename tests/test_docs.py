@@ -183,7 +183,8 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert cli.run([*words, "--set", "privacy.max_nodes_per_user=2"]) == 0
     with PrivacyLedger.open(path, key=key) as opened:
         (run,) = opened.runs
-        aborted = opened.reserve(run, 3, opened.events()[0], 40)
+        opened.start("aborted", opened.runs[run]["schedule"], "0" * 64)
+        aborted = opened.reserve("aborted", 1, opened.events()[0], 40)
         opened.abort(aborted.sequence, "no_answer")
         opened.rotate_key(create_key(folder / "next.key"))
         opened.start("other", {}, "0" * 64)
@@ -227,18 +228,21 @@ def test_the_pages_verifier_sees_damage(page_verifier: dict[str, Any], ledger: P
 def test_the_pages_verifier_holds_the_owner_to_the_rules(
     page_verifier: dict[str, Any], ledger: Path, tmp_path: Path
 ) -> None:
-    """What the owner signs beyond the budget, twice, without a START, for a RESERVE that is closed, or after
-    another line than the last, is refused."""
+    """What the owner signs beyond the budget or a schedule, twice, without a START, for a RESERVE that is closed, or
+    after another line than the last, is refused."""
     good, copy = ledger.read_bytes(), tmp_path / "copy.jsonl"
     lines = [parse_line(raw) for raw in good.splitlines()]
     reserve = next(line for line in lines if line.kind == "RESERVE")
     last, key = lines[-1], load_key(ledger.with_name("next.key"))
     run_again = {"run": "other", "schedule": {}, "configuration_digest": "0" * 64}
     dear = {**reserve.body["event"], "noise_multiplier": "0.5"}
+    other_noise = {**reserve.body["event"], "noise_multiplier": "1000"}
     for kind, body, previous in (
         ("RESERVE", {**reserve.body, "run": "other", "event": dear}, last.head),
         ("RESERVE", reserve.body, last.head),
         ("RESERVE", {**reserve.body, "run": "never started"}, last.head),
+        ("RESERVE", {**reserve.body, "round": 3}, last.head),
+        ("RESERVE", {**reserve.body, "run": "aborted", "round": 2, "event": other_noise}, last.head),
         ("COMMIT", {"reserve": reserve.sequence, "release_digest": "0" * 64}, last.head),
         ("START", run_again, last.head),
         ("START", {**run_again, "run": "a third"}, reserve.head),

@@ -226,7 +226,7 @@ def _status(found: Verification, privacy: Mapping[str, Any] | None) -> str:
 
 
 def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:
-    """`privacy` of the audit: the budget, and epsilon recomputed from nothing but the events; void without a promise."""
+    """`privacy` of the audit: the budget, and epsilon recomputed from the events alone; void without a promise."""
     genesis = found.genesis
     s, budget_delta = int(genesis["max_nodes_per_user"]), float(genesis["delta"])
     delta = budget_delta if delta is None else delta

@@ -24,7 +24,7 @@ from umbel.characters import spell_out
 
 _EXIT_CODES = """\b
 Exit codes:
-  0    fine; an audit: verified
+  0    fine; an audit: verified (no promise if it says NOT PRIVATE)
   1    a defect of umbel
   2    bad input: an option, a configuration, data, a file
   3    privacy budget exhausted, or a plan that does not fit it
@@ -188,6 +188,9 @@ def simulate(
     nodes: Annotated[int | None, typer.Option(help="Into how many nodes the users are split.")] = None,
     epsilon: Annotated[str | None, typer.Option(help="Budget of the ledger, or none: NOT PRIVATE.")] = None,
     delta: Annotated[float | None, typer.Option(help="Of the budget; by default min(1e-6, 1/(10 users)).")] = None,
+    ledger_epsilon: Annotated[
+        float | None, typer.Option(help="Budget of a ledger that is made, for later runs too; by default --epsilon.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Fix the privacy noise, for tests: NOT PRIVATE.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="The population's ledger; by default one in the run.")] = None,
     out: Annotated[Path | None, typer.Option(help="New run folder; by default runs/<time>.")] = None,
@@ -225,6 +228,7 @@ def simulate(
             "training.nodes": nodes,
             "privacy.epsilon": epsilon,
             "privacy.delta": delta,
+            "privacy.ledger_epsilon": ledger_epsilon,
             "privacy.seed": seed,
             "run.ledger": ledger,
             "run.out": out,
@@ -327,7 +331,8 @@ Examples:
   umbel audit runs/first --public-key owner.pem --anchor 41:9f3c...
   umbel audit ml-1m.jsonl --delta 1e-9 --format json
 Exit codes: 0 verified; 5 consistent, owner not verified (no --public-key);
-  4 verification failed; 3 authentic, but over budget; 2 cannot be read."""
+  4 verification failed; 3 authentic, but over budget; 2 cannot be read.
+A ledger that promises nothing can be verified too: its status says NOT PRIVATE."""
 )
 def audit(
     *,

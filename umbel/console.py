@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from privacy.gaussian import epsilon_of_mu
@@ -29,6 +29,8 @@ _BASELINES = {
     "non_private": "without privacy",
 }
 _REFERENCE = "non_private"
+_NOISE_WIDTH = len("aes-256-ctr")  # never cut, however narrow the terminal
+_VOID = "epsilon void, NOT PRIVATE"
 
 
 class Watcher(Protocol):
@@ -215,18 +217,21 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 def show_audit(audit: Mapping[str, Any]) -> None:
     """The verdict and what was recomputed."""
     console = Console()
-    style = {0: "bold green", 5: "bold yellow"}.get(audit["exit_code"], "bold red")
+    privacy = audit["privacy"]
+    void = privacy is not None and privacy["not_private"]
+    style = "bold red" if void else {0: "bold green", 5: "bold yellow"}.get(audit["exit_code"], "bold red")
     where = f", line {audit['line']}" if audit["line"] else ""
     console.print(Text(f"{audit['status']}: {audit['ledger']}{where}", style=style), soft_wrap=True)
     if audit["reason"]:
         _say(console, audit["reason"])
+    if void:
+        show_not_private(console)
     table = Table.grid(padding=(0, 2))
     for name, value in _audit_rows(audit):
         table.add_row(name, Text(str(value), overflow="fold"))
     console.print(table)
-    privacy = audit["privacy"]
-    if audit["exit_code"] in (0, 5) and privacy is not None:
-        show_not_private(console) if privacy["not_private"] else _say(console, privacy["promise"])
+    if privacy is not None and (void or audit["exit_code"] in (0, 5)):
+        _say(console, privacy["promise"])
     if audit["exit_code"] == 5:
         _say(console, "Give the owner's --public-key, from where the owner published it, to know whose ledger this is.")
 
@@ -237,11 +242,14 @@ def show_ledger(contents: Mapping[str, Any]) -> None:
     spent, budget = contents["epsilon_spent"], contents["epsilon_budget"]
     registry = contents["registry"] or {}
     delta = rounded_up(contents["delta"])
+    if contents["not_private"]:
+        show_not_private(console)
+        _say(console, f"{'; '.join(contents['reasons_against'])}.")
     rows = {
         "ledger": contents["ledger"],
         "population": f"{genesis['population']}, {registry.get('population_size', 'no')} users registered",
         "budget": f"epsilon {rounded_up(budget)} at delta {delta}, {genesis['neighboring_relation']}",
-        "spent": f"epsilon {rounded_up(spent)}",
+        "spent": _VOID if contents["not_private"] else f"epsilon {rounded_up(spent)}",
         "head": contents["head"],
         "public key": contents["public_key"],
     }
@@ -251,7 +259,18 @@ def show_ledger(contents: Mapping[str, Any]) -> None:
     console.print(grid)
     rounds = contents["rounds"]
     shown = rounds if len(rounds) <= _MOST_LINES else [*rounds[: _MOST_LINES // 2], None, *rounds[-_MOST_LINES // 2 :]]
-    table = Table("line", "run", "round", "z", "C", "users", "outcome", "epsilon after", box=None)
+    table = Table(
+        "line",
+        "run",
+        "round",
+        "z",
+        Column("noise", min_width=_NOISE_WIDTH),
+        "C",
+        "users",
+        "outcome",
+        "epsilon after",
+        box=None,
+    )
     for entry in shown:
         table.add_row(*(_round_cells(entry, contents["delta"]) if entry else ["…"] * len(table.columns)))
     console.print(table)
@@ -264,10 +283,11 @@ def _round_cells(entry: Mapping[str, Any], delta: float) -> list[str]:
         entry["run"],
         str(entry["round"]),
         event["noise_multiplier"],
+        event["noise"].partition(" ")[0],
         f"{float(event['clipping_norm']):.4g}",
         str(entry["invited_users"]),
         entry["outcome"],
-        rounded_up(None if mu is None else epsilon_of_mu(mu, delta)),
+        "void" if mu is None else rounded_up(epsilon_of_mu(mu, delta)),
     ]
 
 
@@ -352,14 +372,21 @@ def _audit_rows(audit: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         return
     yield "population", f"{audit['population']}, {audit['population_size'] or 'no'} users registered"
     yield "budget", f"epsilon {rounded_up(privacy['epsilon_budget'])} at delta {rounded_up(privacy['delta_budget'])}"
-    yield "spent", f"epsilon {rounded_up(privacy['epsilon'])} at delta {rounded_up(privacy['delta'])} (exact Gaussian)"
-    if privacy["pld_epsilon"] is not None:
-        yield "", f"{privacy['pld_epsilon']:.4g} by PLD, {privacy['rdp_epsilon']:.4g} by RDP"
-    elif privacy["epsilon"] is not None:
-        yield "", 'PLD and RDP not computed: pip install "umbel[simulate]"'
-    yield "replace-one", f"epsilon {rounded_up(privacy['replace_one_epsilon'])}"
+    if privacy["not_private"]:
+        yield "spent", _VOID
+    else:
+        yield from _spent_rows(privacy)
     yield "head", audit["head"]
     yield "public key", audit["public_key"]
+
+
+def _spent_rows(privacy: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    yield "spent", f"epsilon {rounded_up(privacy['epsilon'])} at delta {rounded_up(privacy['delta'])} (exact Gaussian)"
+    if privacy["pld_epsilon"] is None:
+        yield "", 'PLD and RDP not computed: pip install "umbel[simulate]"'
+    else:
+        yield "", f"{privacy['pld_epsilon']:.4g} by PLD, {privacy['rdp_epsilon']:.4g} by RDP"
+    yield "replace-one", f"epsilon {rounded_up(privacy['replace_one_epsilon'])}"
 
 
 def _say(console: Console, text: str) -> None:

@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Callable
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -34,6 +35,7 @@ from umbel.results import baseline_section, error_section, evaluate, peak_memory
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 _RUN_ID_DIGITS = 12
+_NEARLY_ALL = 0.999
 _FIRST_LINE_BYTES = 2**16
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
@@ -58,7 +60,8 @@ def noise_and_limit(config: Config, delta: float) -> tuple[str, str]:
     if epsilon == "none":
         return "0", "inf"
     try:
-        return least_noise(float(epsilon), delta, config.training.rounds, s), mu_max_string(float(epsilon), delta, s)
+        z = least_noise(float(epsilon), delta, config.training.rounds, s)
+        return z, mu_max_string(ledger_budget(config), delta, s)
     except ValueError as error:
         raise UmbelError(f"privacy.epsilon, privacy.delta, training.rounds: {error}") from error
 
@@ -82,8 +85,15 @@ def simulate(config: Config, *, progress: Progress, with_baselines: bool = True)
     config = resume_config(config) if config.run.resume else lay_out(config, progress)
     settings = load_run(Path(str(config.run.out)))
     progress.step("training")
-    rounds = run_engine(config, settings.folder)
-    return evaluated(settings, rounds, progress=progress, with_baselines=with_baselines)
+    try:
+        run_engine(config, settings.folder)
+    except BudgetExhausted as error:
+        if not settings.folder.model.exists():
+            raise
+        # another run has charged the ledger meanwhile: what was paid for is published, and so it is reported
+        evaluated(settings, progress=progress, with_baselines=with_baselines)
+        raise BudgetExhausted(f"{error} The rounds before are in {settings.folder.root / 'report.html'}.") from error
+    return evaluated(settings, progress=progress, with_baselines=with_baselines)
 
 
 def resume_config(config: Config) -> Config:
@@ -104,13 +114,22 @@ def lay_out(config: Config, progress: Progress) -> Config:
     folder = RunFolder(root=root)
     if folder.config.exists():
         raise UmbelError(f"Expected a new folder, got run.out={root} with a run in it. Add --resume, or name another.")
+    # absolute, as the nodes have it, so that it is read once
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"source": _absolute(config.data.source)})}
+    )
     source = sources.read(config.data, config.model.family)
     train, test, schema = source.train, source.test, source.schema
     if source.num_bad_rows:
         progress.warn(f"{source.num_bad_rows} bad rows were dropped, the first: {source.bad_rows[0]}")
     if source.num_clipped:
         progress.warn(f"{source.num_clipped} values outside their declared range were clipped to it.")
-    check_shape(config, schema)
+    config = with_shape(config, schema, progress)
+    if config.training.engine == "flower" and find_spec("ray") is None:
+        raise UmbelError(
+            "Expected the package ray with training.engine='flower', found none. "
+            "Run pip install -e '.[ray]' in the checkout, or use the in-process engine."
+        )
     if (config.training.engine, config.run.stores) == ("flower", "memory"):
         raise UmbelError(
             "Expected run.stores='files' with training.engine='flower', whose processes share a node's filters through "
@@ -129,9 +148,11 @@ def lay_out(config: Config, progress: Progress) -> Config:
     for warning in resolve_delta(delta, train.num_users)[1]:
         progress.warn(warning)
     noise_multiplier, mu_max = noise_and_limit(config, delta)
+    budget = ledger_budget(config)
     if not is_noiseless(noise_multiplier):
         size = contribution_layout(schema.dimension, config.model.rank, private=True).size
         check_delta_fp(float(config.privacy.epsilon), delta, size, config.training.rounds)
+        warn_of_noise(size, noise_multiplier, train.num_users, progress)
     ledger_path = Path(config.run.ledger).resolve() if config.run.ledger else root / "ledger.jsonl"
     place = LedgerPlace(ledger=ledger_path)
     sizes = [partition(train, config.training.nodes, i).num_users for i in range(config.training.nodes)]
@@ -148,7 +169,9 @@ def lay_out(config: Config, progress: Progress) -> Config:
             "run.noise_multiplier": noise_multiplier,
         },
     )
-    genesis, public_key = prepare_ledger(resolved, place, mu_max)
+    if config.run.ledger and not _is_begun(place.ledger):
+        progress.warn(f"{ledger_path} is new: it starts with the whole budget, epsilon {budget:g}.")
+    genesis, public_key = prepare_ledger(resolved, place, mu_max, budget)
     if config.run.ledger is None and config.data.source != "synthetic":
         progress.warn("the ledger is new and counts this run only; name the population's own with --ledger PATH.")
     make_folder(root)
@@ -163,33 +186,78 @@ def lay_out(config: Config, progress: Progress) -> Config:
         max_users_per_node=config.privacy.max_users_per_node,
         allow_not_private=is_noiseless(noise_multiplier) or config.privacy.seed is not None,
         family=config.model.family,
-        data=resolved.data.model_copy(update={"source": _absolute(resolved.data.source)}),
+        data=resolved.data,
     )
     write_durably(folder.nodes / "node.toml", to_toml(nodes.model_dump(exclude_none=True)).encode())
     write_durably(folder.config, resolved.to_toml().encode())
     return resolved
 
 
-def check_shape(config: Config, schema: DataSchema) -> None:
-    """Refuse a model that the data has no room for."""
-    d = schema.dimension
+def with_shape(config: Config, schema: DataSchema, progress: Progress) -> Config:
+    """The configuration with a rank and a sparsity that the data has room for.
+
+    Defaults are lowered to the number of features, which is said; numbers that were given are not.
+
+    Raises:
+        UmbelError: If a number that was given is too large.
+    """
+    d, changes = schema.dimension, {}
     for name in ("rank", "sparsity"):
-        if getattr(config.model, name) > d:
+        value = getattr(config.model, name)
+        if value <= d:
+            continue
+        if name in config.model.model_fields_set:
             raise UmbelError(
-                f"Expected model.{name} <= {d} features, got model.{name}={getattr(config.model, name)}. Lower it."
+                f"Expected model.rank and model.sparsity of at most {d}, the features with their one-hot columns and "
+                f"the intercept, got model.{name}={value}. Lower it."
             )
+        progress.warn(f"model.{name}={value} by default is more than the {d} features there are: using {d}.")
+        changes[name] = d
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)}) if changes else config
 
 
-def prepare_ledger(config: Config, place: LedgerPlace, mu_max: str) -> tuple[dict[str, Any], str]:
+def warn_of_noise(size: int, noise_multiplier: str, users: int, progress: Progress) -> None:
+    """Say so where noise must drown what is to be learned: from public numbers alone."""
+    # each user's gradient has norm at most C, the noise on their mean about z sqrt(D) C / n
+    ratio = float(noise_multiplier) * math.sqrt(size) / users
+    if ratio > 1:
+        progress.warn(
+            f"the noise of a round is {ratio:.2g} times the largest signal there can be: {users} users are few for "
+            f"{size} shared numbers at this epsilon. Lower model.rank, or raise --epsilon or the number of users."
+        )
+
+
+def ledger_budget(config: Config) -> float:
+    """Epsilon of a ledger that the run has to make; inf where nothing is promised.
+
+    Raises:
+        UmbelError: If it is less than the run itself spends.
+    """
+    epsilon, budget = config.privacy.epsilon, config.privacy.ledger_epsilon
+    if epsilon == "none":
+        return math.inf
+    if budget is not None and budget < float(epsilon):
+        raise UmbelError(
+            f"Expected privacy.ledger_epsilon >= privacy.epsilon={epsilon}, "
+            f"got privacy.ledger_epsilon={budget}. Raise it."
+        )
+    return float(epsilon) if budget is None else budget
+
+
+def prepare_ledger(config: Config, place: LedgerPlace, mu_max: str, budget: float) -> tuple[dict[str, Any], str]:
     """Make the ledger or check that the run fits the one there is; returns its GENESIS and public key."""
     privacy, population = config.privacy, Path(config.data.source).name
     if not _is_begun(place.ledger):
+        if config.run.out != str(place.ledger.parent) and not place.ledger.parent.is_dir():
+            raise UmbelError(
+                f"Expected a folder for run.ledger={place.ledger}, got none. Make it, or correct the path."
+            )
         make_folder(place.ledger.parent)
         key = load_key(place.key) if place.key.exists() else create_key(place.key)
         with PrivacyLedger.create(
             place.ledger,
             population=population,
-            epsilon="inf" if privacy.epsilon == "none" else float(privacy.epsilon),
+            epsilon="inf" if math.isinf(budget) else budget,
             delta=float(privacy.delta or 0),
             mu_max=mu_max,
             max_nodes_per_user=privacy.max_nodes_per_user,
@@ -221,10 +289,12 @@ def check_fits(ledger: PrivacyLedger, config: Config, place: LedgerPlace, popula
     affordable = affordable_rounds(ledger, str(config.run.noise_multiplier))
     if affordable < config.training.rounds:
         delta = float(ledger.genesis["delta"])
+        spent = affordable == 0 and ledger.spent_units >= ledger.limit_units * _NEARLY_ALL
+        remedy = "Nothing more can be released about these users." if spent else "Lower --epsilon or --rounds."
         raise BudgetExhausted(
             f"Expected a budget for training.rounds={config.training.rounds} at privacy.epsilon="
             f"{config.privacy.epsilon}, got one with room for {affordable:g}: {place.ledger} has spent epsilon "
-            f"{ledger.epsilon_spent(delta):.4g} of {ledger.genesis['epsilon']}. Lower --epsilon or --rounds."
+            f"{ledger.epsilon_spent(delta):.4g} of {ledger.genesis['epsilon']}. {remedy}"
         )
 
 
@@ -272,21 +342,19 @@ def run_engine(config: Config, folder: RunFolder, *, app_dir: Path = CHECKOUT) -
     return [json.loads(line) for line in lines]
 
 
-def evaluated(
-    settings: RunSettings, rounds: list[dict[str, Any]], *, progress: Progress, with_baselines: bool
-) -> dict[str, Any]:
+def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool) -> dict[str, Any]:
     """Evaluate, write `evaluation/results.json` and the report, and return the results.
 
     Args:
         settings: A run that has finished training.
-        rounds: The public numbers of its rounds.
         progress: Who watches.
         with_baselines: Whether to compare with baselines.
     """
     config, folder, schema = settings.config, settings.folder, settings.schema
     model, _ = load_model(folder.model)
     ours, found, penalties = evaluate(config, schema, model, with_baselines=with_baselines, on_step=progress.step)
-    population = sources.read(config.data, config.model.family).train.num_users
+    source = sources.read(config.data, config.model.family)
+    population = source.train.num_users
     seconds = [json.loads(line)["seconds"] for line in folder.timings.read_text().splitlines()]
     results = {
         "run": str(folder.root),
@@ -298,10 +366,11 @@ def evaluated(
         "penalties": penalties,
         "privacy": privacy_section(config, schema),
         "users": population,
+        "data": {"bad_rows_dropped": source.num_bad_rows, "values_clipped": source.num_clipped},
         "users_per_second": population / statistics.median(seconds) if seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    make_folder(folder.evaluation)
+    make_folder(folder.evaluation, mode=0o700)
     write_durably(folder.evaluation / "results.json", json.dumps(results, indent=1).encode())
     write_reports(folder.root)
     return results

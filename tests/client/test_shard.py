@@ -132,6 +132,26 @@ def test_one_users_exception_is_that_users_zeros(population, model, metric, monk
     assert np.array_equal(actual, np.delete(rows, broken, axis=0).sum(axis=0))
 
 
+@pytest.mark.parametrize("function", ["design_of", "form_of"])
+def test_a_batch_that_cannot_be_made_costs_its_user_only(population, model, metric, monkeypatch, function):
+    """Whatever making a chunk's batch raises because of one user, the others of the chunk are counted."""
+    rows = each(shard_of(population), model, metric)
+    broken = 4
+    real = getattr(client.shard, function)
+
+    def raises_for_broken(source, *arguments, **options):
+        made = real(source, *arguments, **options)
+        design = made if function == "design_of" else source
+        if (design.y == 123456.0).any():
+            raise MemoryError
+        return made
+
+    population.y[population.offsets[broken]] = 123456.0
+    monkeypatch.setattr(client.shard, function, raises_for_broken)
+    actual = total(shard_of(population), model, metric)
+    assert np.array_equal(actual, np.delete(rows, broken, axis=0).sum(axis=0))
+
+
 def test_logistic_keeps_the_examples(population):
     """Families other than squared get designs."""
     shard = Shard(population, schema_of(D), FAMILIES["logistic"])

@@ -101,7 +101,7 @@ def test_the_keys_are_the_sections_of_the_design() -> None:
     """Five sections; only the privacy section holds what can change privacy."""
     assert {key.split(".")[0] for key in valid_keys()} == {"data", "model", "training", "privacy", "run"}
     assert "data.synthetic.users" in valid_keys()
-    private = {"epsilon", "delta", "max_nodes_per_user", "clipping", "seed", "max_users_per_node"}
+    private = {"epsilon", "delta", "ledger_epsilon", "max_nodes_per_user", "clipping", "seed", "max_users_per_node"}
     assert {key.split(".")[1] for key in valid_keys() if key.startswith("privacy.")} == private
 
 

@@ -159,8 +159,8 @@ def test_dropped_rows_leave_the_others_with_their_users(tmp_path: Path) -> None:
     text = "\n".join([header, "eve,x,web,0,3", rows[0], "bob,x,web,0,3", *rows[1:]]) + "\n"
     expected = load(table_config(tmp_path)).population
     read = load(table_config(tmp_path, text, on_bad_rows="skip")).population
-    assert by_user(read) == by_user(expected)
-    assert read.key.tolist() == expected.key.tolist()
+    assert by_user(read) == by_user(expected) | {"eve": []}
+    assert sorted(read.key.tolist()) == sorted(expected.key.tolist())
     weighted = "user,x,y,w\neve,z,1,9\na,0.1,1,1\nb,0.2,2,2\na,0.3,3,3\n"
     features = (FeatureConfig(name="x"),)
     config = table_config(tmp_path, weighted, features=features, weight="w", on_bad_rows="skip")
@@ -229,10 +229,11 @@ def test_messages_about_rows_never_hold_a_value(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value) + "".join(skipped.bad_rows)
 
 
-def test_users_without_a_usable_row_are_named_by_row(tmp_path: Path) -> None:
-    """A user whose every row was dropped is not in the population, and that is said."""
+def test_users_without_a_usable_row_stay(tmp_path: Path) -> None:
+    """A user whose every row was dropped is in the population without examples, and the row is named."""
     loaded = load(table_config(tmp_path, TABLE + "eve,x,web,0,3\nann,x,web,0,3\n", on_bad_rows="skip"))
-    assert loaded.population.users == ("ann", "bob")
+    assert loaded.population.users == ("ann", "bob", "eve")
+    assert loaded.population.counts.tolist() == [2, 1, 0]
     assert loaded.num_bad_rows == 2
     assert loaded.bad_rows[-1] == "table.csv: 1 users have no usable row; the first of them is in row 5."
 
@@ -248,8 +249,8 @@ def test_the_list_of_bad_rows_is_cut(tmp_path: Path) -> None:
     ("changes", "problem"),
     [
         ({"target_range": None}, r"Expected data.target_range.*target_range = \[1, 5\]"),
-        ({"features": ()}, r"Expected data.features.*table.csv are: user, age, kind, spend, y"),
-        ({"user": "person"}, r"the user in a column 'person'.*Set data.user to one of: user, age"),
+        ({"features": ()}, r"Expected data.features.*The columns are: user, age, kind, spend, y"),
+        ({"user": "person"}, r"the user in a column 'person'.*Set data.user. The columns are: user, age"),
         ({"target": "z"}, r"the target in a column 'z'.*Set data.target"),
         ({"weight": "w"}, r"one column 'w', got no such column. The columns are: user"),
         ({"features": (FeatureConfig(name="height"),)}, r"one column 'height', got no such column"),
@@ -272,10 +273,53 @@ def test_a_table_without_rows_is_named(tmp_path: Path, text: str) -> None:
         load(table_config(tmp_path, text))
 
 
-def test_a_file_of_bad_rows_only_is_an_error_even_when_skipping(tmp_path: Path) -> None:
-    """There is no population without examples."""
+BAD_ROWS = {
+    "blank": ",,,",
+    "NaN": "nan,web,nan,nan",
+    "infinite": "inf,web,-inf,1e999",
+    "text": "old,fax,much,good",
+    "a word that is not declared": "20,fax,0,3",
+    "too few fields": "20,web",
+    "no fields": None,
+    "too many fields": "20,web,0,3,4,5,6",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_who_is_in_the_population_does_not_depend_on_what_rows_hold(tmp_path: Path, bad: str, place: int) -> None:
+    """The users, their order and everybody else's examples stay, wherever one user's only row is bad."""
+    header, *rows = TABLE.splitlines()
+
+    def population(row: str) -> Population:
+        text = "\n".join([header, *rows[:place], row, *rows[place:]]) + "\n"
+        return load(table_config(tmp_path, text, on_bad_rows="skip")).population
+
+    expected = population("eve,30,web,1,2")
+    cells = BAD_ROWS[bad]
+    read = population("eve" if cells is None else f"eve,{cells}")
+    assert read.users == expected.users
+    assert by_user(read) == by_user(expected) | {"eve": []}
+
+
+def test_a_file_of_bad_rows_only_is_a_population_without_examples(tmp_path: Path) -> None:
+    """Its users are known, and there is nothing to learn from; with or without item and event ids."""
     text = "user,age,kind,spend,y\nann,x,web,0,3\nann,y,web,0,3\n"
-    with pytest.raises(DataError, match=r"row 2, column 'age'.*No row is usable: 1 more are bad"):
+    events = "user,age,kind,spend,y,id\nann,x,web,0,3,e1\n"
+    for config in (
+        table_config(tmp_path, text, on_bad_rows="skip"),
+        table_config(tmp_path, events, on_bad_rows="skip", event_id="id"),
+        ratings_config(tmp_path, "i1\ni2\n", "user,item,rating\nann,i9,3\n", on_bad_rows="skip"),
+    ):
+        population = load(config).population
+        assert (population.users, population.num_examples) == (("ann",), 0)
+        assert [part.num_users for part in split(population, 0)] == [1, 1]
+
+
+def test_a_file_in_which_no_row_names_a_user_is_an_error(tmp_path: Path) -> None:
+    """Whose rows they are is not a row's business, but the file's."""
+    text = "user,age,kind,spend,y\n,20,web,0,3\n"
+    with pytest.raises(DataError, match=r"row 2, column 'user'.*No row names a user"):
         load(table_config(tmp_path, text, on_bad_rows="skip"))
 
 
@@ -496,3 +540,15 @@ def test_nothing_heavy_is_imported() -> None:
     code = f"import sys, common.config, common.loading; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"features": [{"name": "age"}]}, {"user": "who", "features": [{"name": "age"}]}]
+)
+def test_a_file_without_a_header_keeps_its_first_row_to_itself(tmp_path, options):
+    """What stands where names should is somebody's data: an error counts the fields and names none."""
+    path = tmp_path / "table.csv"
+    path.write_text("anna,54.48932491374359,25.5,tablet\nbert,1,2,tv\n")
+    with pytest.raises(DataError, match=r"4 fields.*must be a header") as error:
+        load(DataConfig(source=str(path), target_range=[0, 9], **options))
+    assert not any(value in str(error.value) for value in ("anna", "54.4", "25.5", "tablet"))

@@ -56,7 +56,7 @@ def fails(run: Aftermath, capsys: pytest.CaptureFixture[str], name: str, nth: in
         code = cli.run(run.arguments())
     out, err = capsys.readouterr()
     assert (code, out) == (7, ""), err
-    assert err.count("\n") == 1
+    assert err.count("umbel: error") == 1
     assert "No space left on device" in err
     assert "resume" in err or "disk" in err
     run.check(finished=False)
@@ -141,7 +141,7 @@ def test_nodes_without_room_stop_the_run_before_it_spends_its_budget(tmp_path, l
     command = [sys.executable, "-c", LIMITED, str(limit), *run.arguments()]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 7, ended.stderr
-    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.count("umbel: error") == 1
     assert "disk" in ended.stderr
     charged = run.ledger.read_bytes().count(b'"RESERVE"')
     lost = run.ledger.read_bytes().count(b'"ABORT"')
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys, monkeypatch, er
     run = Aftermath(tmp_path / "run", {"training.rounds": 2})
     assert cli.run(run.arguments()) == 7
     err = capsys.readouterr().err
-    assert err.count("\n") == 1
+    assert err.count("umbel: error") == 1
     assert str(tmp_path / "run") in err
     assert "Choose a place" in err
     assert not list(tmp_path.iterdir())
@@ -187,7 +187,7 @@ def test_a_run_folder_that_became_read_only_is_not_charged(tmp_path, capsys, mon
     monkeypatch.setattr(os, "open", read_only)
     assert cli.run(run.arguments()) != 0
     err = capsys.readouterr().err
-    assert err.count("\n") == 1
+    assert err.count("umbel: error") == 1
     assert "Read-only file system" in err
     monkeypatch.undo()
     assert run.ledger.read_bytes() == before

@@ -57,7 +57,7 @@ def path(tmp_path):
 def ledger(path):
     with create(path) as ledger:
         ledger.record_registry(3, 1, DIGEST)
-        ledger.start("r", {"rounds": 3}, DIGEST)
+        ledger.start("r", {"rounds": 10}, DIGEST)
         yield ledger
 
 
@@ -75,7 +75,7 @@ def test_a_round_is_reserved_and_committed(ledger, path):
         (entry,) = one.rounds_of("r")
         assert (entry.server_round, entry.sequence, entry.release_digest) == (1, 3, DIGEST)
         assert (entry.invited_users, entry.is_open, one.rounds_of("s")) == (3, False, ())
-        assert one.runs["r"]["schedule"] == {"rounds": 3}
+        assert one.runs["r"]["schedule"] == {"rounds": 10}
         assert one.registry == {"digest": DIGEST, "population_size": 3, "users_per_node": 1}
         assert one.genesis["epsilon"] == "2.0"
         assert one.genesis["delta"] == "0.000001"
@@ -97,6 +97,22 @@ def test_a_planned_budget_lasts_exactly_as_long_as_planned(ledger, path):
     assert 1.999 < ledger.epsilon_spent(DELTA) <= 2
     # PRIVACY reference: epsilon 2 at delta 1e-6 for 10 contributions needs z = 7.05
     assert float(z) == pytest.approx(7.05, abs=0.005)
+
+
+def test_a_run_keeps_to_its_schedule(ledger, path):
+    """More rounds than START says, aborted ones among them, or another noise multiplier, are not written."""
+    ledger.start("s", {"rounds": 2, "noise_multiplier": "20.000000"}, DIGEST)
+    ledger.abort(ledger.reserve("s", 1, event("20.000000"), 3).sequence, "no_answer")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"noise_multiplier=20\.000000 as run='s'"):
+        ledger.reserve("s", 2, event("30.000000"), 3)
+    assert path.read_bytes() == before
+    ledger.reserve("s", 2, event("20.000000"), 3)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="rounds=2 as run='s'"):
+        ledger.reserve("s", 3, event("20.000000"), 3)
+    assert path.read_bytes() == before
+    ledger.reserve("r", 1, event("30.000000"), 3)
 
 
 def test_nothing_is_ever_given_back(ledger, path):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from hashlib import sha256
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -12,7 +13,7 @@ from privacy.audit.verify import Anchor, recompute_epsilon, verify
 from privacy.keys import public_key_hex
 from privacy.ledger import PrivacyLedger
 from privacy.ledger_state import read_lines
-from privacy.lines import ZERO_HEAD, parse_line, signed_line
+from privacy.lines import ZERO_HEAD, extend, parse_line, signed_line
 from privacy.participation import mu_max_string
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -74,7 +75,7 @@ def forged(*bodies, key=KEY, last_key=None):
         raw = signed_line(
             sequence=sequence, kind=kind, body=body, previous=head, time="2026-01-31T12:00:00Z", key=signer
         )
-        head, data = parse_line(raw).head, data + raw + b"\n"
+        head, data = extend(head, sha256(raw).digest()), data + raw + b"\n"
     return data
 
 
@@ -207,6 +208,10 @@ GENESIS = {
 BEGIN = (("GENESIS", GENESIS), ("START", {"configuration_digest": DIGEST, "run": "r", "schedule": {}}))
 
 
+def start(run="s", **schedule):
+    return "START", {"configuration_digest": DIGEST, "run": run, "schedule": schedule}
+
+
 def reserve(server_round, noise_multiplier="10", run="r"):
     event = {**EVENT, "noise_multiplier": noise_multiplier}
     return "RESERVE", {"event": event, "invited_users": 3, "round": server_round, "run": run}
@@ -220,6 +225,8 @@ def test_forging_keeps_what_is_in_order():
     """The helper of the next test makes valid ledgers from valid lines."""
     reading = read(forged(*BEGIN, reserve(1), reserve(2), commit(3), commit(2)))
     assert (reading.line, reading.reason, reading.state.sequence) == (None, "", 5)
+    planned = [start(rounds=2, noise_multiplier="20"), reserve(1, "20", run="s"), reserve(2, "20", run="s"), reserve(1)]
+    assert read(forged(*BEGIN, *planned)).line is None
 
 
 @pytest.mark.parametrize(
@@ -231,6 +238,16 @@ def test_forging_keeps_what_is_in_order():
         ([("GENESIS", {**GENESIS, "epsilon": "inf"})], 1, "mu_max"),
         ([*BEGIN, BEGIN[1]], 3, "new run"),
         ([*BEGIN, reserve(1, run="s")], 3, "started"),
+        ([*BEGIN, start(rounds=1), reserve(1, run="s"), reserve(2, run="s")], 5, "rounds=1"),
+        ([*BEGIN, start(rounds=0), reserve(1, run="s")], 4, "rounds=0"),
+        ([*BEGIN, start(noise_multiplier="20"), reserve(1, run="s")], 4, "noise_multiplier=20"),
+        ([*BEGIN, start(noise_multiplier="20"), reserve(1, "20", run="s"), reserve(2, "50", run="s")], 5, "got 50"),
+        ([*BEGIN, start(rounds="9")], 3, "rounds"),
+        ([*BEGIN, start(rounds=True)], 3, "rounds"),
+        ([*BEGIN, start(rounds=None)], 3, "rounds"),
+        ([*BEGIN, start(noise_multiplier=None)], 3, "noise_multiplier"),
+        ([("GENESIS", {**GENESIS, "unit": "example"})], 1, "unit"),
+        ([("GENESIS", {**GENESIS, "neighboring_relation": "replace-one"})], 1, "neighboring_relation"),
         ([*BEGIN, reserve(1), reserve(1)], 4, "not reserved before"),
         ([*BEGIN, reserve(1, "5.1"), reserve(2)], 4, "epsilon=1"),
         ([*BEGIN, *(reserve(t) for t in range(4))], 6, "epsilon=1"),

@@ -167,6 +167,7 @@ def test_a_run_without_privacy_is_stamped(umbel: Command, tmp_path: Path, option
     assert "NOT PRIVATE" in ended.out
     assert "for each single user" not in ended.out
     assert "NOT PRIVATE" in umbel("audit", tmp_path / "run").out
+    assert "NOT PRIVATE" in umbel("ledger", "show", tmp_path / "run").out
     assert "NOT PRIVATE" in umbel("simulate", *SMALL, *option, "--dry-run").out
 
 
@@ -216,8 +217,8 @@ def test_an_unknown_column_is_named(umbel: Command, tmp_path: Path) -> None:
         (["--delta", "0"], ["privacy.delta"]),
         (["--delta", "x"], ["--delta"]),
         (["--rounds", "0"], ["training.rounds"]),
-        (["--rank", "7"], ["model.rank <= 6", "model.rank=7"]),
-        (["--sparsity", "7"], ["model.sparsity <= 6"]),
+        (["--rank", "7"], ["at most 6", "model.rank=7"]),
+        (["--sparsity", "7"], ["at most 6", "model.sparsity=7"]),
         (["--nodes", "61"], ["training.nodes <= 60"]),
         (["--engine", "ray"], ["training.engine", "'in-process'"]),
         (["--target-range", "5,1"], ["data.target_range", "low < high"]),
@@ -298,10 +299,14 @@ def test_a_ledger_with_room_is_charged_again(umbel: Command, tmp_path: Path) -> 
 
 
 def test_the_ledger_of_another_population_is_refused(umbel: Command, finished: Path, tmp_path: Path) -> None:
-    """A ledger with another name or size of population is not charged."""
+    """A ledger with another name of population is not charged, and not even looked at for a plan."""
     ledger = finished / "all.jsonl"
-    other = ("--set", "data.synthetic.users=61", "--ledger", ledger, "--out", tmp_path / "run")
-    fails_in_one_line(umbel("simulate", *SMALL[2:], *other), 2, "ledger of synthetic with 61 users")
+    table = tmp_path / "table.csv"
+    table.write_text("user,target,x\n" + "".join(f"u{i},{i % 2},0.5\n" * 3 for i in range(60)))
+    other = ("--data", table, "--target-range", "0,1", "--set", 'data.features=["x"]', "--ledger", ledger)
+    ended = umbel("simulate", *other, "--out", tmp_path / "run")
+    assert ended.code == 2
+    assert "ledger of table.csv, got" in ended.err
     absent = ("--data", tmp_path / "ratings.csv", "--ledger", ledger, "--dry-run")
     fails_in_one_line(umbel("simulate", *absent), 2, "ledger of ratings.csv", "synthetic")
 
@@ -498,6 +503,81 @@ def test_audit_compares_the_releases(umbel: Command, copied: Path) -> None:
     assert name != "000000001.safetensors"
 
 
+@pytest.mark.parametrize("source", ["release", "run", "run without config.toml", "run without model"])
+def test_a_deleted_release_is_missed(umbel: Command, copied: Path, source: str) -> None:
+    """Whose run a folder is, the released model says, or the configuration: a release that is gone fails the audit."""
+    target = copied / "release" if source == "release" else copied
+    if source == "run without config.toml":
+        (copied / "config.toml").unlink()
+    if source == "run without model":
+        (copied / "release/model.safetensors").unlink()
+    assert umbel("audit", target).code == 5
+    min((copied / "release/rounds").iterdir()).unlink()
+    assert umbel("audit", target).code == 4
+
+
+def test_a_folder_of_an_unknown_run_must_be_complete(umbel: Command, copied: Path) -> None:
+    """Deleting the model too does not hide a deleted release; the ledger alone can still be shown and audited."""
+    release = copied / "release"
+    (release / "model.safetensors").unlink()
+    assert umbel("audit", release).code == 5
+    min((release / "rounds").iterdir()).unlink()
+    ended = umbel("audit", release)
+    assert ended.code == 4
+    assert f"Expected all {ROUNDS} committed releases" in ended.out
+    assert umbel("audit", release / "ledger.jsonl").code == 5
+    (release / "model.safetensors").write_bytes(b"broken")
+    fails_in_one_line(umbel("audit", release), 2, "model.safetensors")
+    assert umbel("ledger", "head", release).code == 0
+
+
+def test_a_staged_release_is_not_verified(umbel: Command, tmp_path: Path) -> None:
+    """Bytes for a RESERVE line that is open are named and fail the audit, with the owner's key too."""
+    run, key = tmp_path / "run", tmp_path / "run/ledger.key"
+    assert umbel("simulate", *SMALL, "--no-baselines", "--out", run).code == 0
+    ledger, release = run / "ledger.jsonl", run / "release"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if parse_line(line[:-1]).kind == "COMMIT")
+    (release / "ledger.jsonl").write_bytes(b"".join(lines[:last]))
+    for data in (b"any bytes", None):
+        if data is not None:
+            max((release / "rounds").iterdir()).write_bytes(data)
+        ended = umbel("audit", run, "--public-key", key, "--format", "json")
+        assert ended.code == json.loads(ended.out)["exit_code"] == 4
+        assert "staged, not committed" in json.loads(ended.out)["reason"]
+    max((release / "rounds").iterdir()).unlink()
+    assert umbel("audit", run, "--public-key", key).code == 0
+
+
+@pytest.mark.parametrize("option", [("--epsilon", "none"), ("--seed", "1")])
+def test_without_a_promise_every_epsilon_is_void(umbel: Command, tmp_path: Path, option: tuple[str, str]) -> None:
+    """A ledger that promises nothing is verified as such: stamped, with its noise named, and no epsilon spent."""
+    run = tmp_path / "run"
+    assert umbel("simulate", *SMALL, *option, "--no-baselines", "--out", run).code == 0
+    noise = {"none": "none", "1": "seeded"}[option[1]]
+    text, known = umbel("audit", run), ("--public-key", run / "ledger.key")
+    audit = json.loads(umbel("audit", run, *known, "--format", "json").out)
+    assert (audit["status"], audit["exit_code"], audit["privacy"]["not_private"]) == ("verified, NOT PRIVATE", 0, True)
+    assert [name for name, value in audit["privacy"].items() if "epsilon" in name and value is not None] == (
+        [] if noise == "none" else ["epsilon_budget"]
+    )
+    assert audit["privacy"]["mu"] is None
+    assert len(audit["privacy"]["reasons_against"]) == 1
+    assert text.code == 5
+    assert text.out.startswith("consistent, owner not verified, NOT PRIVATE")
+    contents = json.loads(umbel("ledger", "show", run, "--format", "json").out)
+    assert (contents["not_private"], contents["epsilon_spent"]) == (True, None)
+    assert contents["reasons_against"] == audit["privacy"]["reasons_against"]
+    assert {entry["mu_after"] for entry in contents["rounds"]} == {None}
+    shown = umbel("ledger", "show", run)
+    assert "NOT PRIVATE: nothing is promised" in shown.out
+    assert shown.out.count(noise) >= ROUNDS
+    for out in (text.out, shown.out):
+        assert "epsilon void, NOT PRIVATE" in out
+        spent = [line for line in out.splitlines() if line.startswith("spent")]
+        assert [line for line in spent if "1.000" in line] == []
+
+
 def test_audit_tells_an_overrun_from_a_forgery(umbel: Command, copied: Path, finished: Path, tmp_path: Path) -> None:
     """A release beyond the budget signed by the owner has an exit code of its own; by another key it is a forgery."""
     ledger = copied / "release" / "ledger.jsonl"
@@ -534,7 +614,8 @@ def test_audit_needs_only_what_is_published(finished: Path, tmp_path: Path) -> N
 def test_ledger_show_for_people(umbel: Command, finished: Path) -> None:
     """Every charged round is a line, with epsilon after it."""
     out = umbel("ledger", "show", finished / "run").out
-    assert out.count("released") == ROUNDS
+    assert out.count("released") == out.count("aes-256-ctr") == ROUNDS
+    assert "NOT PRIVATE" not in out
     assert "epsilon 1.000 at delta 10⁻⁶, zero-out" in out
 
 

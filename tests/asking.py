@@ -1,0 +1,96 @@
+"""A server as a node sees it: signed broadcasts of one ledger, each with a line of its own."""
+
+import hashlib
+import time
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client.service import NodeService
+from client.settings import NodeSettings
+from common.config import DataConfig
+from common.model import IntArray, SharedModel
+from common.records import Broadcast, Contribution
+from privacy.keys import public_key_hex
+from privacy.layout import groups_of_event
+from privacy.lines import ZERO_HEAD, extend, signed_line
+from server.training import contribution_layout
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+
+class Asker:
+    """Asks for releases of one model, without noise unless `noise_multiplier` is given."""
+
+    def __init__(self, model: SharedModel, *, noise_multiplier: str = "0", sparsity: int = 1) -> None:
+        """Start a ledger.
+
+        Args:
+            model: The prior of every release.
+            noise_multiplier: Decimal string.
+            sparsity: Cap on nonzeros of b.
+        """
+        self._model, self._sparsity = model, sparsity
+        self._lines: list[bytes] = []
+        self._head = ZERO_HEAD
+        private = noise_multiplier != "0"
+        self.layout = contribution_layout(model.dimension, model.rank, private=private)
+        self._event = {
+            "mechanism": "gaussian",
+            "noise_multiplier": noise_multiplier,
+            "clipping_norm": "3",
+            "grid_scale": self.layout.grid_scale,
+            "groups": groups_of_event(self.layout),
+            "denominator": 10,
+            "noise": "aes-256-ctr" if private else "none",
+            "sampling": "none",
+            "initialization": False,
+        }
+
+    def train(self) -> tuple[bytes, bytes]:
+        """A new release: payload and signature."""
+        server_round = len(self._lines) + 1
+        line = signed_line(
+            sequence=len(self._lines),
+            kind="RESERVE",
+            body={"run": "run", "round": server_round, "event": self._event, "invited_users": 10},
+            previous=self._head,
+            time="2026-11-20T09:00:00Z",
+            key=KEY,
+        )
+        self._lines.append(line)
+        self._head = extend(self._head, hashlib.sha256(line).digest())
+        return self._signed(server_round=server_round, purpose="train", lines=(line.decode(),))
+
+    def fold_in(self) -> tuple[bytes, bytes]:
+        """A message that asks for no contribution."""
+        return self._signed(server_round=0, purpose="fold_in", lines=())
+
+    def _signed(self, **fields: Any) -> tuple[bytes, bytes]:
+        digests = b"".join(hashlib.sha256(line).digest() for line in self._lines)
+        payload = Broadcast(
+            ledger_id="L",
+            run="run",
+            digests_from=0,
+            digests=np.frombuffer(digests, np.uint8).reshape(-1, 32),
+            deadline=int(time.time()) + 3600,
+            task={"family": "squared", "sparsity": self._sparsity},
+            model=self._model,
+            metric=np.eye(self._model.dimension),
+            **fields,
+        ).encode()
+        return payload, KEY.sign(payload)
+
+
+def node(data: DataConfig, *, store: str = ":memory:", mu_max: str = "inf") -> NodeService:
+    """A node with all users of a source, which answers releases without noise too."""
+    settings = NodeSettings(
+        store=store, public_key=public_key_hex(KEY), ledger_id="L", mu_max=mu_max, allow_not_private=True, data=data
+    )
+    return NodeService(settings, 0, 1)
+
+
+def total_of(service: NodeService, message: tuple[bytes, bytes]) -> IntArray:
+    """The sum a node answers with."""
+    return Contribution.decode(service.contribute(*message)).total
