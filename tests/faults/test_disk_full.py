@@ -64,7 +64,7 @@ def fails(run: Aftermath, capsys: pytest.CaptureFixture[str], name: str, nth: in
 
 LAYING_OUT = (
     "ledger.jsonl",
-    ".ledger.registry.json",
+    ".registry.json",
     ".schema.safetensors",
     "nodes/.node.toml",
     ".config.toml",

@@ -334,6 +334,15 @@ def test_the_verdict_is_the_verifier_s(tmp_path):
         assert ("Nothing can be said" in report.statement) is (status == "failed")
 
 
+def test_a_missing_model_hides_no_missing_release(tmp_path):
+    """Where nothing says whose run a folder is, a committed release that is gone takes the statement back."""
+    root = run_folder(tmp_path, [event(), event()])
+    (root / "release" / "model.safetensors").unlink()
+    assert report_of(root).verification.status != "failed"
+    (root / "release" / "rounds" / "000000003.safetensors").unlink()
+    assert "Nothing can be said" in report_of(root).statement
+
+
 def test_a_changed_line_or_release_takes_the_statement_back(tmp_path):
     """One changed byte in the ledger's copy, or in a released sum, and the report states no promise."""
     root = run_folder(tmp_path, [event(), event()])
