@@ -40,8 +40,10 @@ _SETTINGS: Any = {
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _FONT = "font-family: 'DejaVu Sans', sans-serif"
 _MOST_MARKERS = 60
-_MOST_RUNS = 8
+_MOST_RUNS = 4
 _LONGEST_NAME = 14
+# Inches of 72 units each; narrow, so that type stays readable where a phone shrinks the drawing to its width.
+_CURVE_WIDTH, _PANEL_WIDTH = 4.2, 3.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def epsilon_plot(
     import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
 
     with mpl.rc_context(_SETTINGS):
-        figure, axes = _figure(7.2, 2.7)
+        figure, axes = _figure(_CURVE_WIDTH, 2.2)
         numbers, epsilons = [0, *(n for n, _ in points)], [0.0, *(epsilon for _, epsilon in points)]
         axes.plot(
             numbers,
@@ -105,46 +107,47 @@ def epsilon_plot(
         return _svg(figure, "epsilon", description)
 
 
-def error_plot(
-    rows: Sequence[ErrorRow], *, groups: Mapping[str, str], standard_error: float | None, metric: str, description: str
-) -> str:
-    """Errors of all methods, a panel for each group of users.
+def error_plots(
+    rows: Sequence[ErrorRow],
+    *,
+    groups: Mapping[str, str],
+    standard_error: float | None,
+    descriptions: Mapping[str, str],
+) -> tuple[str, ...]:
+    """Errors of all methods, a drawing for each group of users, all on one scale.
 
     Args:
         rows: From top to bottom.
-        groups: Titles of the panels by group; the first one is of all users.
-        standard_error: Of ours in the first panel.
-        metric: Title of the axis.
-        description: For whoever does not see the plot.
+        groups: Titles of the drawings by group; the first one is of all users.
+        standard_error: Of ours in the first drawing.
+        descriptions: By group, for whoever does not see the drawing.
     """
     import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
 
+    limits = _limits([error for row in rows for group in groups if (error := row.errors.get(group)) is not None])
     with mpl.rc_context(_SETTINGS):
-        figure, *panels = _figure(8.2, 0.75 + 0.27 * len(rows), widths=[2.0, *(1.0 for _ in range(len(groups) - 1))])
-        for panel, (group, title) in zip(panels, groups.items(), strict=True):
+        drawings = []
+        for number, (group, title) in enumerate(groups.items()):
+            figure, panel = _figure(_PANEL_WIDTH, 0.65 + 0.24 * len(rows))
             _error_panel(panel, rows, group, title)
-        ours = next((row.errors[next(iter(groups))] for row in rows if row.is_ours), None)
-        if ours is not None and standard_error is not None:
-            panels[0].axvspan(ours - standard_error, ours + standard_error, color=_TINT, linewidth=0, zorder=0)
-            panels[0].errorbar(
-                ours, _ours_position(rows), xerr=standard_error, color=_ACCENT, capsize=3, linewidth=1.4, zorder=4
-            )
-        panels[0].margins(x=0.12)
-        panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
-        for label, row in zip(panels[0].get_yticklabels(), rows, strict=True):
-            label.set_color(_ACCENT if row.is_ours else _INK)
-        figure.supxlabel(f"{metric} on held-out examples, lower is better", color=_MUTED, size=10)
-        return _svg(figure, "errors", description)
+            panel.set_xlim(*limits)
+            if number == 0 and standard_error is not None:
+                _draw_standard_error(panel, rows, group, standard_error)
+            drawings.append(_svg(figure, f"errors{number}", descriptions[group]))
+        return tuple(drawings)
 
 
 def _error_panel(panel: "Axes", rows: Sequence[ErrorRow], group: str, title: str) -> None:
-    panel.set_title(title, size=10, pad=8)
+    panel.set_title(title, size=10, pad=6)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.yaxis.grid(True, color=_RULE, linewidth=0.6)
     panel.set_axisbelow(True)
-    panel.tick_params(axis="y", length=0, labelcolor=_INK)
+    panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
-    panel.locator_params(axis="x", nbins=3)
+    panel.locator_params(axis="x", nbins=4)
+    panel.set_yticks(range(len(rows)), [row.label for row in rows])
+    for label, row in zip(panel.get_yticklabels(), rows, strict=True):
+        label.set_color(_ACCENT if row.is_ours else _INK)
     for position, row in enumerate(rows):
         error = row.errors.get(group)
         if error is None:
@@ -155,19 +158,29 @@ def _error_panel(panel: "Axes", rows: Sequence[ErrorRow], group: str, title: str
         panel.plot(error, position, marker, color=color, markersize=size, clip_on=False, zorder=5)
 
 
-def _ours_position(rows: Sequence[ErrorRow]) -> int:
-    return next(position for position, row in enumerate(rows) if row.is_ours)
+def _draw_standard_error(panel: "Axes", rows: Sequence[ErrorRow], group: str, standard_error: float) -> None:
+    for position, row in enumerate(rows):
+        error = row.errors.get(group)
+        if row.is_ours and error is not None:
+            panel.axvspan(error - standard_error, error + standard_error, color=_TINT, linewidth=0, zorder=0)
+            panel.errorbar(error, position, xerr=standard_error, color=_ACCENT, capsize=3, linewidth=1.4, zorder=4)
 
 
-def _figure(width: float, height: float, widths: Sequence[float] = (1.0,)) -> Any:
+def _limits(errors: Sequence[float]) -> tuple[float, float]:
+    """Of an axis that has room for all markers."""
+    low, high = min(errors, default=0.0), max(errors, default=1.0)
+    margin = 0.12 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # noqa: PLC0415 (as above)
 
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
-    panels = figure.subplots(1, len(widths), width_ratios=widths, sharex=True, sharey=True, squeeze=False)[0]
-    for panel in panels:
-        panel.patch.set_alpha(0)
-    return figure, *panels
+    panel = figure.subplots()
+    panel.patch.set_alpha(0)
+    return figure, panel
 
 
 def _svg(figure: "Figure", name: str, description: str) -> str:

@@ -15,19 +15,25 @@ from typing import Any
 from common.errors import StorageError
 from common.files import write_durably
 from privacy.disclosure import EVALUATION_NOTICE
-from privacy.plots import ErrorRow, epsilon_plot, error_plot
+from privacy.plots import ErrorRow, epsilon_plot, error_plots
 from privacy.report import PrivacyReport, RoundFacts, read_evaluation, report_of, shown_rounds
 from privacy.rounding import counted, rounded_up
 
-_METHODS = {
-    "low_rank": ("without personal sparse parts", "the same noise"),
-    "ridge_around_global": ("alone, around one private model", "the same noise"),
-    "alone": ("each user alone", "nothing is shared"),
-    "global": ("one model for everybody", "the same noise"),
-    "non_private": ("without privacy", "none"),
+METHODS = {
+    "global": "one global model",
+    "alone": "each user alone",
+    "ridge_around_global": "ridge around global",
+    "low_rank": "low rank only",
+    "non_private": "without privacy",
 }
-_METRICS = {"rmse": "root mean squared error", "log_loss": "logarithmic loss"}
+"""What is compared, in the words of the terminal."""
+_OURS = "umbel (this run)"
+_NOISE = {"ours": "as reported", "alone": "nothing is shared", "non_private": "none"}
+_BASELINE_NOISE = "the same noise"
+_METRICS = {"rmse": "root mean squared error (rmse)", "log_loss": "logarithmic loss"}
+_STANDARD_ERRORS = 2  # within so many a difference is taken to be chance
 _MOST_NAMES = 40
+_OWNER_ONLY = 0o600  # an evaluation is for whoever ran the simulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,28 @@ class Column:
     is_setting: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """This run against another method on the same users and examples.
+
+    Attributes:
+        label: What the other is called.
+        value: This run's error minus the other's; below 0 this run is better.
+        standard_error: Of that difference, over users.
+    """
+
+    label: str
+    value: float
+    standard_error: float
+
+    @property
+    def verdict(self) -> str:
+        """What the difference says."""
+        if abs(self.value) <= _STANDARD_ERRORS * self.standard_error:
+            return "could be chance"
+        return "this run is better" if self.value < 0 else "this run is worse"
+
+
 def write_reports(run_root: Path) -> Path:
     """Write the reports of a finished run: `release/report.html`, `release/report.json`, and the full page.
 
@@ -66,7 +94,8 @@ def write_reports(run_root: Path) -> Path:
     public = render(report)
     page, release = run_root / "report.html", run_root / "release"
     write_report(report, html=release / "report.html", machine=release / "report.json", page=public)
-    write_durably(page, (render(report, evaluation) if evaluation else public).encode())
+    full = render(report, evaluation) if evaluation else public
+    write_durably(page, full.encode(), mode=_OWNER_ONLY)
     return page
 
 
@@ -187,38 +216,63 @@ def _is_constant(column: Column) -> bool:
 
 
 def _evaluation_view(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What the evaluation part shows: a plot and the same numbers as a table."""
-    error = evaluation["error"]
-    groups = {"overall": "all users"} | {name: name.replace("-", "–") for name in error["by_examples"]}
-    found = [("ours", "umbel, this run", "as reported", error)]
-    for name, section in evaluation["baselines"].items():
-        label, noise = _METHODS.get(name, (name, ""))
-        found.append((name, label, noise, section))
-    order = ["ours", *_METHODS]
-    found.sort(key=lambda entry: order.index(entry[0]) if entry[0] in order else len(order))
-    rows = [ErrorRow(label=label, errors=_errors(section), is_ours=name == "ours") for name, label, _, section in found]
-    groups = {name: title for name, title in groups.items() if any(row.errors.get(name) is not None for row in rows)}
+    """What the evaluation part shows: plots, the same numbers as a table, and which differences are certain."""
+    sections = {"ours": evaluation["error"], **evaluation["baselines"]}
+    rows = {
+        name: ErrorRow(label=_label(name), errors=_errors(sections[name]), is_ours=name == "ours")
+        for name in sorted(sections, key=_place)
+    }
+    groups = {"overall": "all users"} | {name: name.replace("-", "–") for name in sections["ours"]["by_examples"]}
+    groups = {
+        name: title for name, title in groups.items() if any(row.errors.get(name) is not None for row in rows.values())
+    }
     metric = _METRICS.get(evaluation["metric"], evaluation["metric"])
-    standard_error = _finite(error.get("standard_error"))
+    standard_error = _finite(sections["ours"].get("standard_error"))
     return {
         "metric": metric,
         "groups": groups,
-        "rows": [(row, noise) for row, (_, _, noise, _) in zip(rows, found, strict=True)],
+        "rows": [(row, _NOISE.get(name, _BASELINE_NOISE if name in METHODS else "")) for name, row in rows.items()],
         "standard_error": standard_error,
-        "penalties": {
-            _METHODS.get(name, (name, ""))[0]: value for name, value in evaluation.get("penalties", {}).items()
-        },
-        "users": evaluation.get("users"),
-        "users_per_second": _finite(evaluation.get("users_per_second")),
-        "svg": _error_svg(rows, groups, standard_error, metric) if groups else None,
+        "differences": _differences(evaluation.get("paired", {})),
+        "penalties": {_label(name): value for name, value in evaluation.get("penalties", {}).items()},
+        "svgs": _error_svgs(list(rows.values()), groups, standard_error, metric),
     }
 
 
-def _error_svg(rows: Sequence[ErrorRow], groups: Mapping[str, str], standard_error: float | None, metric: str) -> Any:
-    overall = ", ".join(f"{row.label} {row.errors['overall']:.4g}" for row in rows if row.errors["overall"] is not None)
-    description = f"{metric}, lower is better. All users: {overall}. The table has the rest."
-    svg = error_plot(rows, groups=groups, standard_error=standard_error, metric=metric, description=description)
-    return _markup(svg)
+def _label(name: str) -> str:
+    return _OURS if name == "ours" else METHODS.get(name, name)
+
+
+def _place(name: str) -> int:
+    order = ("ours", *METHODS)
+    return order.index(name) if name in order else len(order)
+
+
+def _differences(paired: Mapping[str, Any]) -> list[Difference]:
+    """This run against each baseline, where both have an error."""
+    found = []
+    for name in sorted(paired, key=_place):
+        value, spread = _finite(paired[name]["difference"]), _finite(paired[name]["standard_error"])
+        if value is not None and spread is not None:
+            found.append(Difference(label=_label(name), value=value, standard_error=spread))
+    return found
+
+
+def _error_svgs(
+    rows: Sequence[ErrorRow], groups: Mapping[str, str], standard_error: float | None, metric: str
+) -> list[Any]:
+    titles = {name: title if name == "overall" else f"{title} training examples" for name, title in groups.items()}
+    descriptions = {name: f"{metric}, {title}: {_listed(rows, name)}." for name, title in titles.items()}
+    titles = {name: title.replace("training ", "") for name, title in titles.items()}
+    return [
+        _markup(svg)
+        for svg in error_plots(rows, groups=titles, standard_error=standard_error, descriptions=descriptions)
+    ]
+
+
+def _listed(rows: Sequence[ErrorRow], group: str) -> str:
+    errors = ((row.label, row.errors.get(group)) for row in rows)
+    return ", ".join(f"{label} {error:.4g}" for label, error in errors if error is not None)
 
 
 def _errors(section: Mapping[str, Any]) -> dict[str, float | None]:

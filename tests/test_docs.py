@@ -12,6 +12,9 @@ import random
 import re
 import shlex
 import sys
+import tomllib
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +22,9 @@ from unittest import mock
 import pytest
 from cryptography.exceptions import InvalidSignature
 
-from common.config import load_config, valid_keys
+from common.config import Config, load_config, valid_keys
 from common.errors import REFUSALS
+from common.loading import load
 from privacy.audit import verify as verifier
 from privacy.disclosure import SIGNATURE_LIMITS, UNPROTECTED, who_sees_what
 from privacy.gaussian import epsilon_of_mu
@@ -150,6 +154,41 @@ def test_refusals_named_in_the_docs_exist() -> None:
     codes = set(re.findall(r"`([a-z_]+)` \|$", section, re.MULTILINE))
     assert len(codes) > 8
     assert codes <= set(REFUSALS)
+
+
+def test_every_key_is_documented() -> None:
+    """The table of docs/configuration.md has every key of the configuration, no other, and its default."""
+    page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \| (.+) \|$", page, re.MULTILINE)
+    assert [key for key, _, _ in rows] == list(valid_keys())
+    defaults = tomllib.loads(Config().to_toml())
+    for key, cell, _ in rows:
+        if cell == "unset":
+            with pytest.raises(KeyError):
+                reduce(getitem, key.split("."), defaults)
+        else:
+            assert tomllib.loads(f"default = {cell.strip('`')}")["default"] == reduce(getitem, key.split("."), defaults)
+
+
+def test_examples_of_inputs_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each configuration of docs/configuration.md reads the files shown before it, and loses no row of them."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    formats = []
+    for file, language, text in re.findall(
+        r"(?:`([\w./-]+)`:\n\n)?```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE
+    ):
+        path = tmp_path / (file or "page.toml")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, "utf-8")
+        if language == "toml":
+            config = load_config(path)
+            loaded = load(config.data, config.model.family)
+            assert loaded.population.num_users == 2
+            assert loaded.num_bad_rows == loaded.num_clipped == 0
+            assert max(config.model.rank, config.model.sparsity) <= loaded.schema.dimension
+            formats.append(loaded.format)
+    assert formats == ["table", "ratings", "ratings", "movielens-1m"]
 
 
 # --- the verifier of docs/ledger.md ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from common.errors import UmbelError, VerificationError
-from privacy.accounting import gdp_epsilon, mu_curve, spent, total_mu
+from privacy.accounting import SMALLEST_DELTA, gdp_epsilon, mu_curve, spent, total_mu
 from privacy.audit.releases import Releases, run_of, verify_release
 from privacy.audit.verify import Anchor, Verification, verify
 from privacy.gaussian import replace_one
@@ -88,7 +88,8 @@ def read_public_key(text: str) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UmbelError(
-            f"Expected 64 hex digits or a key file, got public_key={text!r} ({error.strerror})."
+            f"Expected 64 hex digits or a key file, got public_key={text!r} ({error.strerror}). "
+            "Give the key that the owner published."
         ) from error
     if _HEX_KEY.fullmatch(content.decode("ascii", "replace").strip()):
         return content.decode("ascii").strip().lower()
@@ -97,9 +98,9 @@ def read_public_key(text: str) -> str:
     try:
         key = load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise UmbelError(f"Expected an Ed25519 public key in hex or PEM, got {path}.") from error
+        raise UmbelError(f"Expected an Ed25519 public key in hex or PEM, got {path}. Ask the owner for it.") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise UmbelError(f"Expected an Ed25519 public key, got another kind in {path}.")
+        raise UmbelError(f"Expected an Ed25519 public key, got another kind in {path}. Ask the owner for it.")
     return public_key_hex(key)
 
 
@@ -128,7 +129,7 @@ def audit(
     """
     known: dict[str, Any] = {
         "public_key": public_key,
-        "anchor": Anchor.parse(anchor) if anchor else None,
+        "anchor": None if anchor is None else _anchor(anchor),
         "all_signatures": all_signatures,
     }
     releases = target.releases
@@ -157,6 +158,13 @@ def audit(
         },
         "privacy": privacy,
     }
+
+
+def _anchor(text: str) -> Anchor:
+    try:
+        return Anchor.parse(text)
+    except UmbelError as error:
+        raise UmbelError(f"{error} Copy what `umbel ledger head` printed.") from error
 
 
 def ledger_contents(path: Path, run: str | None = None) -> dict[str, Any]:
@@ -230,6 +238,8 @@ def _privacy(found: Verification, delta: float | None) -> dict[str, Any]:
     genesis = found.genesis
     s, budget_delta = int(genesis["max_nodes_per_user"]), float(genesis["delta"])
     delta = budget_delta if delta is None else delta
+    if not SMALLEST_DELTA <= delta < 1:
+        raise UmbelError(f"Expected {SMALLEST_DELTA} <= delta < 1, got {delta=}. Correct --delta, or leave it out.")
     try:
         losses = _losses([event["noise_multiplier"] for event in found.events], delta, s)
     except ValueError as error:

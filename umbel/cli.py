@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -33,6 +34,7 @@ Exit codes:
   6    a node or the server refused
   7    a disk failed; nothing was released
   130  interrupted; a simulation can be resumed
+  141  whoever read the output went away
 
 Add --debug (or set UMBEL_DEBUG=1) to see where an error came from."""
 
@@ -42,7 +44,9 @@ _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_
 _EXTRAS = {"pyarrow": "parquet", "ray": "ray", "torch": "audit", "opacus": "audit"}
 _OPTIONAL = frozenset(_EXTRAS) | {"scipy", "dp_accounting", "mpmath", "jinja2", "matplotlib"}
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-_DEFECT, _BAD_INPUT, _DISK_FAILED, _INTERRUPTED = 1, 2, 7, 130
+_DEFECT, _BAD_INPUT, _DISK_FAILED, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 7, 130, 141
+_NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # click before 8.2 shows the help itself
+_SAID_TWICE = re.compile(r"( Did you mean [^?]*\?)\1")  # by click, and by typer
 
 
 class Format(StrEnum):
@@ -56,6 +60,14 @@ class RunInterruptedError(UmbelError):
     """Ctrl-C; the message says how to go on."""
 
     exit_code: ClassVar[int] = _INTERRUPTED
+
+
+class PlainCommand(typer.core.TyperCommand):
+    """A command whose help has no backslashes: typer escapes brackets for markup, which is off here."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The help as it is read."""
+        return super().get_help(ctx).replace("\\[", "[")
 
 
 app = typer.Typer(
@@ -92,11 +104,17 @@ def run(arguments: Sequence[str]) -> int:
     rest = [argument for argument in arguments if argument != "--debug"]
     try:
         code = int(typer.main.get_command(app).main(rest, prog_name="umbel", standalone_mode=False) or 0)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = _INTERRUPTED
-    except BrokenPipeError:
+    except _NO_ARGUMENTS as error:
+        error.show()
+        return _BAD_INPUT
+    except (BrokenPipeError, SystemExit) as error:  # click and rich turn the former into the latter
+        if not _is_closed_pipe(error):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
-        return _DEFECT
+        return _PIPE_CLOSED
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -108,6 +126,10 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
+def _is_closed_pipe(error: BaseException) -> bool:
+    return isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
+
+
 def _explained(error: Exception) -> tuple[int, str]:
     """Exit code and message of an exception; the text of one we did not foresee could hold data, and stays out."""
     match error:
@@ -116,7 +138,7 @@ def _explained(error: Exception) -> tuple[int, str]:
         case UmbelError():
             return error.exit_code, f"error: {error}"
         case click.ClickException():
-            return _BAD_INPUT, f"error: {error.format_message()}"
+            return _BAD_INPUT, "error: " + _SAID_TWICE.sub(r"\1", error.format_message())
         case ModuleNotFoundError() if (package := str(error.name).partition(".")[0]) in _OPTIONAL:
             extras = ",".join(dict.fromkeys(["simulate", _EXTRAS.get(package, "simulate")]))
             return _BAD_INPUT, f'error: Expected the package {package}, found none. Run: pip install "umbel[{extras}]"'
@@ -167,7 +189,8 @@ def _options(
 Examples:
   umbel simulate
   umbel simulate --data ml-1m --epsilon 2 --rounds 20 --ledger ml-1m.jsonl --out runs/first
-  umbel simulate --resume runs/first"""
+  umbel simulate --resume runs/first""",
+    cls=PlainCommand,
 )
 def simulate(
     *,
@@ -258,17 +281,18 @@ def _simulate(config: Any, *, baselines: bool, quiet: bool, output: Format) -> N
             config = with_folder(config, default_folder)
             results = simulate(config, progress=watcher, with_baselines=baselines)
     except KeyboardInterrupt:
-        raise RunInterruptedError(_way_back(config.run.out)) from None
+        raise RunInterruptedError(_way_back(config.run.out, baselines=baselines)) from None
     if output is Format.JSON:
         _print_json(results)
     else:
         console.show_results(results)
 
 
-def _way_back(out: str | None) -> str:
+def _way_back(out: str | None, *, baselines: bool) -> str:
     if out is None or not (Path(out) / "config.toml").exists():
         return "interrupted before the first round; nothing was charged. Start it again."
-    return f"interrupted; nothing is lost. Go on with: umbel simulate --resume {out}"
+    without = "" if baselines else " --no-baselines"
+    return f"interrupted; nothing is lost. Go on with: umbel simulate --resume {out}{without}"
 
 
 @app.command(
@@ -276,36 +300,52 @@ def _way_back(out: str | None) -> str:
 Examples:
   umbel plan --epsilon 1 --delta 1e-6 --rounds 10
   umbel plan --noise-multiplier 4 --rounds 50
-  umbel plan --epsilon 1 --rounds 10 --ledger ml-1m.jsonl"""
+  umbel plan --epsilon 1 --rounds 10 --ledger ml-1m.jsonl""",
+    cls=PlainCommand,
 )
 def plan(
     *,
     rounds: Annotated[
         int, typer.Option(show_default=False, help="Releases a user contributes to, by default 10.")
     ] = 10,
-    epsilon: Annotated[float | None, typer.Option(help="Find the least noise within this budget.")] = None,
+    epsilon: Annotated[
+        str | None, typer.Option(help="Find the least noise within this budget; or none: NOT PRIVATE.")
+    ] = None,
     noise_multiplier: Annotated[str | None, typer.Option(help="Or say what this noise costs.")] = None,
     delta: Annotated[float | None, typer.Option(help="By default 1e-6, or less for more than 100,000 users.")] = None,
     max_nodes_per_user: Annotated[int | None, typer.Option(min=1, help="On how many nodes one user may be.")] = None,
     users: Annotated[int | None, typer.Option(min=1, help="How many users there are.")] = None,
-    ledger: Annotated[Path | None, typer.Option(help="Also say what this ledger has left.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Also say what this ledger, or that of this run folder, has left.")
+    ] = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Say what a run would cost, before any data is touched."""
     if (epsilon is None) == (noise_multiplier is None):
-        raise UmbelError("Expected one of --epsilon and --noise-multiplier, got both or none.")
-    from umbel.plan import forecast
+        got, remedy = ("neither", "Add --epsilon 1") if epsilon is None else ("both", "Leave one out")
+        raise UmbelError(f"Expected one of --epsilon and --noise-multiplier, got {got}. {remedy}.")
+    from umbel.auditing import find_ledger
+    from umbel.plan import NO_NOISE, forecast
 
     document = forecast(
-        epsilon=epsilon,
-        noise_multiplier=noise_multiplier,
+        epsilon=_budget(epsilon),
+        noise_multiplier=NO_NOISE if epsilon == "none" else noise_multiplier,
         delta=delta,
         rounds=rounds,
         max_nodes_per_user=max_nodes_per_user,
         users=users,
-        ledger_path=ledger,
+        ledger_path=None if ledger is None else find_ledger(ledger),
     )
     _show_plan(document, output)
+
+
+def _budget(epsilon: str | None) -> float | None:
+    if epsilon in (None, "none"):
+        return None
+    try:
+        return float(epsilon)
+    except ValueError:
+        raise UmbelError(f"Expected a number above 0, or none, got {epsilon=}. Correct --epsilon.") from None
 
 
 def _show_plan(plan: Mapping[str, Any], output: Format) -> None:
@@ -332,7 +372,8 @@ Examples:
   umbel audit ml-1m.jsonl --delta 1e-9 --format json
 Exit codes: 0 verified; 5 consistent, owner not verified (no --public-key);
   4 verification failed; 3 authentic, but over budget; 2 cannot be read.
-A ledger that promises nothing can be verified too: its status says NOT PRIVATE."""
+A ledger that promises nothing can be verified too: its status says NOT PRIVATE.""",
+    cls=PlainCommand,
 )
 def audit(
     *,
@@ -362,7 +403,7 @@ def audit(
     raise typer.Exit(document["exit_code"])
 
 
-@ledger_app.command("show", epilog="Example: umbel ledger show runs/first --format json")
+@ledger_app.command("show", epilog="Example: umbel ledger show runs/first --format json", cls=PlainCommand)
 def ledger_show(
     path: Annotated[Path, typer.Argument(help="A ledger, or a run folder.")],
     run: Annotated[str | None, typer.Option("--run", help="Only the rounds of this run.")] = None,
@@ -380,7 +421,7 @@ def ledger_show(
         show_ledger(contents)
 
 
-@ledger_app.command("head", epilog="Example: umbel ledger head ml-1m.jsonl > remembered-head.txt")
+@ledger_app.command("head", epilog="Example: umbel ledger head ml-1m.jsonl > remembered-head.txt", cls=PlainCommand)
 def ledger_head(
     path: Annotated[Path, typer.Argument(help="A ledger, or a run folder.")],
     output: FormatOption = Format.TEXT,

@@ -258,6 +258,9 @@ def show_ledger(contents: Mapping[str, Any]) -> None:
         grid.add_row(name, Text(value, overflow="fold"))
     console.print(grid)
     rounds = contents["rounds"]
+    if not rounds:
+        _say(console, "No round was charged yet.")
+        return
     shown = rounds if len(rounds) <= _MOST_LINES else [*rounds[: _MOST_LINES // 2], None, *rounds[-_MOST_LINES // 2 :]]
     table = Table(
         "line",
@@ -346,8 +349,12 @@ def _plan_rows(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if ledger is None:
         return
     yield "ledger", f"{ledger['path']} of {ledger['population']}"
-    yield "spent there", f"epsilon {rounded_up(ledger['epsilon_spent'])} at delta {rounded_up(ledger['delta'])}"
-    left = "no limit" if ledger["epsilon_left"] is None else f"epsilon {rounded_down(ledger['epsilon_left'])}"
+    if ledger["not_private"]:
+        yield "spent there", _VOID
+        left = "no limit" if ledger["epsilon"] is None else _VOID
+    else:
+        yield "spent there", f"epsilon {rounded_up(ledger['epsilon_spent'])} at delta {rounded_up(ledger['delta'])}"
+        left = f"epsilon {rounded_down(ledger['epsilon_left'])}"
     yield "left there", left if ledger["affordable_rounds"] is None else f"{left}, {ledger['affordable_rounds']} rounds"
     yield "this run", "fits" if ledger["fits"] else "DOES NOT FIT"
 
@@ -385,7 +392,7 @@ def _spent_rows(privacy: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if privacy["pld_epsilon"] is None:
         yield "", 'PLD and RDP not computed: pip install "umbel[simulate]"'
     else:
-        yield "", f"{privacy['pld_epsilon']:.4g} by PLD, {privacy['rdp_epsilon']:.4g} by RDP"
+        yield "", f"{rounded_up(privacy['pld_epsilon'])} by PLD, {rounded_up(privacy['rdp_epsilon'])} by RDP"
     yield "replace-one", f"epsilon {rounded_up(privacy['replace_one_epsilon'])}"
 
 

@@ -1,5 +1,6 @@
 """From the options of a command to a configuration."""
 
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,6 +10,10 @@ from common.config import Config, load_config
 from common.errors import UmbelError
 
 _RESUMED_TOO = {"run.out"}
+_NAMES = {"data.source": "--data", "data.format": "--data-format"}
+"""Options that are not called as the last part of their key."""
+_PROBLEM = re.compile(r"(?P<where>.*?): (?P<what>Expected .*?, got (?P<key>[\w.]+)=.*)", re.DOTALL)
+_LEAVE_IT_OUT = re.compile(r"(Correct it or l|L)eave it out( for the default .*)?\.$", re.DOTALL)
 
 
 def configuration(given: Mapping[str, Any], *, pairs: Iterable[str], file: Path | None, resume: Path | None) -> Config:
@@ -24,19 +29,51 @@ def configuration(given: Mapping[str, Any], *, pairs: Iterable[str], file: Path 
         UmbelError: Naming the key, its value and a remedy.
     """
     overrides = {key: _plain(key, value) for key, value in given.items() if value is not None}
+    typed = {key: _NAMES.get(key, f"--{key.rpartition('.')[2].replace('_', '-')}") for key in overrides}
     for pair in pairs:
         key, value = _pair(pair)
         if key in overrides:
             raise UmbelError(f"Expected one value for {key}, got two. Leave one of them out.")
-        overrides[key] = value
+        overrides[key], typed[key] = value, f"--set {key}"
     if resume is None:
-        return load_config(file, overrides)
+        return _loaded(file, overrides, typed)
     if file is not None or not overrides.keys() <= _RESUMED_TOO:
-        names = sorted([*overrides.keys() - _RESUMED_TOO, *(["--config"] if file else [])])
+        names = [f"{typed[key]} ({key})" for key in sorted(overrides.keys() - _RESUMED_TOO)] or ["--config"]
         raise UmbelError(f"Expected --resume to go on with a run as it was started, got {names[0]} too. Leave it out.")
     if Path(overrides.get("run.out", resume)).resolve() != resume.resolve():
-        raise UmbelError(f"Expected one folder to resume, got --resume {resume} and --out {overrides['run.out']}.")
+        raise UmbelError(
+            f"Expected one folder to resume, got --resume {resume} and --out {overrides['run.out']}. Leave --out out."
+        )
     return load_config(None, {"run.out": str(resume), "run.resume": True})
+
+
+def _loaded(file: Path | None, overrides: Mapping[str, Any], typed: Mapping[str, str]) -> Config:
+    try:
+        return load_config(file, overrides)
+    except UmbelError as error:
+        raise UmbelError(_blamed(str(error), file, typed)) from None
+
+
+def _blamed(message: str, file: Path | None, typed: Mapping[str, str]) -> str:
+    """The message with the options that were typed as the place of the problem, where they are.
+
+    Args:
+        message: Of `load_config`: place, problem, remedy.
+        file: The TOML file; leaving an option out would not lead to the default but to what it says.
+        typed: Options by key.
+    """
+    problem = _PROBLEM.fullmatch(message)
+    if problem is None:
+        return message
+    what, key = problem["what"], problem["key"]
+    of_key = [name for k, name in typed.items() if k == key or key.startswith(f"{k}.")]
+    of_section = [name for k, name in typed.items() if k.startswith(f"{key}.")]
+    names = of_key or of_section
+    if not names:
+        return message
+    if file is not None:
+        what = _LEAVE_IT_OUT.sub("Correct it.", what)
+    return f"{', '.join(names)}: {what}"
 
 
 def with_folder(config: Config, default_folder: Callable[[], Path]) -> Config:
@@ -48,7 +85,8 @@ def with_folder(config: Config, default_folder: Callable[[], Path]) -> Config:
 
 def _plain(key: str, value: Any) -> Any:
     if key == "data.target_range":
-        return _value(f"[{value}]")
+        parsed = _value(f"[{value}]")
+        return parsed if isinstance(parsed, list) else value
     return str(value) if isinstance(value, Path) else value
 
 

@@ -10,11 +10,14 @@ from privacy.accounting import SMALLEST_DELTA, mu_curve
 from privacy.gaussian import epsilon_of_mu, replace_one
 from privacy.ledger import PrivacyLedger
 from privacy.participation import cost_units, is_noiseless, mu_max_string, noise_multiplier_for
+from privacy.promise import reasons_against
 
 DEFAULT_DELTA = 1e-6
 MOST_POINTS = 500
 """Rounds at which the curve is computed, about 2 ms each."""
-_NO_NOISE = "0"
+MOST_ROUNDS = 1_000_000
+"""So many are planned in some ten seconds; nobody trains longer."""
+NO_NOISE = "0"
 
 
 def forecast(
@@ -41,8 +44,8 @@ def forecast(
     Raises:
         UmbelError: If a number is out of range or the ledger was made for another s.
     """
-    if rounds < 1:
-        raise UmbelError(f"Expected 1 <= rounds, got {rounds=}.")
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise UmbelError(f"Expected 1 <= rounds <= {MOST_ROUNDS}, got {rounds=}. Correct --rounds.")
     ledger = None if ledger_path is None else PrivacyLedger.open(ledger_path)
     if ledger is not None:
         users = users or (ledger.registry or {}).get("population_size")
@@ -52,8 +55,11 @@ def forecast(
         z = least_noise(epsilon, delta, rounds, s) if noise_multiplier is None else noise_multiplier
         mu = mu_curve([z] * rounds, s)
     except ValueError as error:
-        raise UmbelError(str(error)) from error
+        raise UmbelError(_with_remedy(str(error))) from error
     curve = {t: epsilon_of_mu(mu[t - 1], delta) for t in points(rounds, MOST_POINTS)}
+    left = None if ledger is None else room(ledger, z, rounds)
+    if left is not None and left["not_private"]:
+        notes.append(f"{left['path']} is NOT PRIVATE: {'; '.join(left['reasons_against'])}.")
     return {
         "epsilon_budget": epsilon,
         "epsilon": _finite(curve[rounds]),
@@ -66,7 +72,7 @@ def forecast(
         "replace_one_epsilon": _finite(replace_one(mu[-1], delta)),
         "curve": [{"round": t, "epsilon": _finite(spent)} for t, spent in curve.items()],
         "not_private": is_noiseless(z),
-        "ledger": None if ledger is None else room(ledger, z, rounds),
+        "ledger": left,
         "notes": notes,
     }
 
@@ -83,7 +89,7 @@ def forecast_of(config: Config) -> dict[str, Any]:
     private = privacy.epsilon != "none"
     plan = forecast(
         epsilon=float(privacy.epsilon) if private else None,
-        noise_multiplier=None if private else _NO_NOISE,
+        noise_multiplier=None if private else NO_NOISE,
         delta=privacy.delta,
         rounds=config.training.rounds,
         max_nodes_per_user=privacy.max_nodes_per_user,
@@ -102,9 +108,13 @@ def forecast_of(config: Config) -> dict[str, Any]:
 
 
 def room(ledger: PrivacyLedger, noise_multiplier: str, rounds: int) -> dict[str, Any]:
-    """What an open ledger has spent and left, and whether so many more releases fit."""
+    """What an open ledger has spent and left, and whether so many more releases fit.
+
+    Where the ledger promises nothing, what was spent and what is left are void: None.
+    """
     delta, budget = float(ledger.genesis["delta"]), float(ledger.genesis["epsilon"])
-    spent = ledger.epsilon_spent(delta)
+    reasons = reasons_against(ledger.events(), ledger.genesis["mu_max"])
+    spent = math.inf if reasons else ledger.epsilon_spent(delta)
     affordable = affordable_rounds(ledger, noise_multiplier)
     return {
         "path": str(ledger.path),
@@ -112,9 +122,11 @@ def room(ledger: PrivacyLedger, noise_multiplier: str, rounds: int) -> dict[str,
         "epsilon": _finite(budget),
         "delta": delta,
         "epsilon_spent": _finite(spent),
-        "epsilon_left": None if math.isinf(budget) else max(0.0, budget - spent),
+        "epsilon_left": None if reasons else max(0.0, budget - spent),
         "affordable_rounds": _finite(affordable),
         "fits": affordable >= rounds,
+        "not_private": bool(reasons),
+        "reasons_against": list(reasons),
     }
 
 
@@ -151,13 +163,21 @@ def resolve_delta(given: float | None, users: int | None) -> tuple[float, list[s
         delta = DEFAULT_DELTA if users is None else min(DEFAULT_DELTA, 1 / (10 * users))
         notes.append(f"delta={delta:g} by default.")
     if not SMALLEST_DELTA <= delta < 1:
-        raise UmbelError(f"Expected {SMALLEST_DELTA} <= delta < 1, got {delta=}.")
+        raise UmbelError(
+            f"Expected {SMALLEST_DELTA} <= delta < 1, got {delta=}. Choose one below 1/users, such as 1e-6."
+        )
     if users is not None and delta >= 1 / users:
         notes.append(
             f"delta={delta:g} is not below 1/users={1 / users:.3g}: "
             "it would allow one user's data to be published outright. Choose a smaller one."
         )
     return delta, notes
+
+
+def _with_remedy(problem: str) -> str:
+    """A multiplier that cannot be read is told how it is written; other problems say themselves what to do."""
+    unreadable = "noise_multiplier to be a decimal string" in problem
+    return f"{problem} Write it as in 4 or 0.75; 0 is no noise." if unreadable else problem
 
 
 def least_noise(epsilon: float | None, delta: float, rounds: int, s: int) -> str:

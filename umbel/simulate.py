@@ -355,7 +355,8 @@ def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool
     ours, found, penalties = evaluate(config, schema, model, with_baselines=with_baselines, on_step=progress.step)
     source = sources.read(config.data, config.model.family)
     population = source.train.num_users
-    seconds = [json.loads(line)["seconds"] for line in folder.timings.read_text().splitlines()]
+    timed = folder.timings.read_text().splitlines() if folder.timings.exists() else []
+    seconds = [json.loads(line)["seconds"] for line in timed]
     results = {
         "run": str(folder.root),
         "report": str(folder.root / "report.html"),

@@ -41,6 +41,9 @@ onload = () => {{
     title: page.title,
     background: style.backgroundColor,
     sideways: root.scrollWidth - root.clientWidth,
+    cut: [...page.querySelectorAll(".scroll, figure, .panels, svg")]
+      .filter((box) => box.scrollWidth > box.clientWidth + 1)
+      .map((box) => box.getAttribute("aria-label") || box.className),
     svgs: [...page.querySelectorAll("svg")].map((svg) => {{
       const box = svg.getBoundingClientRect();
       return {{width: box.width, height: box.height, label: svg.getAttribute("aria-label")}};
@@ -96,13 +99,14 @@ def look(tmp_path: Path, page: Path, width: int, *options):
 
 @pytest.mark.parametrize("width", [360, 1100])
 def test_the_page_renders(tmp_path, run, width):
-    """Both plots are readable, nothing is asked for, and the page does not scroll sideways, even at 360 px."""
+    """Plots are whole and readable, nothing is asked for, and nothing on the page scrolls sideways, even at 360 px."""
     found = look(tmp_path, run / "report.html", width)
     assert found["sideways"] == 0
     assert found["requests"] == []
-    assert len(found["svgs"]) == 2
-    assert all(svg["width"] > 300 and svg["height"] > 80 and svg["label"] for svg in found["svgs"])
-    assert found["letters"] >= 9
+    assert found["cut"] == []
+    assert len(found["svgs"]) >= 3
+    assert all(250 < svg["width"] < width and svg["height"] > 80 and svg["label"] for svg in found["svgs"])
+    assert found["letters"] >= 11
     assert found["headings"][0] == 1
     assert all(after - before <= 1 for before, after in zip(found["headings"], found["headings"][1:], strict=False))
 

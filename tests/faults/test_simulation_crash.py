@@ -172,7 +172,7 @@ def main(point: str, hit: int, arguments: list[str]) -> int:
     suicide.around(DeviceStore, "charge", before="computed", after="charged")
     suicide.around_renaming_of_releases()
     suicide.around(PrivacyLedger, "commit", after="committed")
-    suicide.around(server.training, "save_state", after="checkpointed")
+    suicide.around(server.training, "save_checkpoint", after="checkpointed")
     suicide.around(server.training, "append_line", after="reported")
     suicide.around(server.training, "save_model", after="modelled")
     suicide.around(DeviceStore, "save_states", after="folding")

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import stat
 import subprocess
 import sys
 from hashlib import sha256
@@ -23,8 +25,9 @@ from privacy.keys import public_key_hex
 from privacy.lines import ZERO_HEAD, parse_line, signed_line
 from privacy.participation import mu_max_string
 from privacy.report import PrivacyReport, report_of, report_of_ledger, shown_rounds
-from privacy.report_page import render, write_report, write_reports
+from privacy.report_page import METHODS, render, write_report, write_reports
 from privacy.rounding import rounded_up
+from umbel.console import show_results
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OWNER = public_key_hex(KEY)
@@ -38,6 +41,11 @@ RESULTS = {
     "baselines": {
         "global": {"overall": 0.9876543, "by_examples": {"0-9": None, "10-29": 1.2345678}},
         HOSTILE: {"overall": 1.1, "by_examples": {"0-9": None, "10-29": math.nan}},
+    },
+    "paired": {
+        "global": {"difference": -0.2222222, "standard_error": 0.0333333},
+        "non_private": {"difference": 0.0444444, "standard_error": 0.0555555},
+        "alone": {"difference": None, "standard_error": None},
     },
     "penalties": {"alone": 3.0},
 }
@@ -225,7 +233,7 @@ def test_infinite_losses_are_null_for_machines_and_a_sign_for_people(tmp_path):
 def test_a_release_folder_holds_nothing_of_the_evaluation(private_run):
     """Errors, baselines and penalties are on the page of the run and nowhere in the folder that may be published."""
     full = (private_run / "report.html").read_text()
-    numbers = ("0.7654", "0.8123", "0.0235", "0.9877", "1.2346")
+    numbers = ("0.7654", "0.8123", "0.0235", "0.9877", "1.2346", "0.2222", "0.0333", "0.0556")
     assert EVALUATION_NOTICE in full
     assert all(number in full for number in numbers)
     for name in ("report.html", "report.json"):
@@ -239,6 +247,44 @@ def test_without_results_there_is_no_evaluation(tmp_path):
     page = write_reports(run_folder(tmp_path, [event()], results=None))
     assert page == tmp_path / "report.html"
     assert page.read_bytes() == (tmp_path / "release" / "report.html").read_bytes()
+
+
+def test_the_evaluation_comes_first_and_is_its_owner_s(private_run):
+    """Whoever ran the simulation finds the errors right after the key numbers, in a file that only they can read."""
+    page, public = private_run / "report.html", private_run / "release" / "report.html"
+    titles = re.findall(r"<h2[^>]*>(.*?)</h2>", page.read_text())
+    assert titles == ["Evaluation: do not publish", *re.findall(r"<h2[^>]*>(.*?)</h2>", public.read_text())]
+    assert stat.S_IMODE(page.stat().st_mode) == 0o600
+    assert stat.S_IMODE(public.stat().st_mode) == 0o644 & ~current_umask()
+
+
+def current_umask():
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def test_certain_differences_are_told_from_chance(private_run):
+    """A paired difference of more than two standard errors has a direction; another could be chance."""
+    text = re.sub(r"<[^>]*>", "|", (private_run / "report.html").read_text())
+    assert re.search(r"one global model\|+−0.2222 ± 0.0333\|+this run is better", text)
+    assert re.search(r"without privacy\|+\+0.0444 ± 0.0556\|+could be chance", text)
+    worse = {**RESULTS, "paired": {"global": {"difference": 0.2, "standard_error": 0.09}}}
+    assert "this run is worse" in render(report_of(private_run), worse)
+    assert "Table of differences" not in render(report_of(private_run), {**RESULTS, "paired": {}})
+
+
+def test_page_and_terminal_use_the_same_names(private_run, capsys):
+    """What is compared has one name, on the page and in the terminal's table."""
+    nothing = {"overall": 1.0, "by_examples": {}}
+    evaluation = {**RESULTS, "baselines": dict.fromkeys(METHODS, nothing), "paired": {}, "penalties": {}}
+    facts = {"run": "r", "report": "r", "users": 1, "users_per_second": None, "peak_memory_bytes": 0}
+    show_results({**evaluation, **facts, "privacy": {"not_private": True}})
+    printed = {line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines()}
+    page = render(report_of(private_run), evaluation)
+    rows = re.findall(r'<th scope="row">([^<{]*)</th>', page[page.index("evaluation-title") : page.index("How much")])
+    assert rows == ["umbel (this run)", *METHODS.values()]
+    assert set(rows) <= printed
 
 
 def test_names_are_text_wherever_they_come_from(tmp_path):
@@ -272,7 +318,7 @@ def test_pages_are_well_formed(private_run):
     assert tags.open == []
     assert len(set(tags.ids)) == len(tags.ids)
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(tags.ids)
-    assert tags.tags.count("svg") == 2
+    assert tags.tags.count("svg") == 3  # epsilon, all users, and the one group that has examples
     assert tags.tags.count("h1") == 1
 
 

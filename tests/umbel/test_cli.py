@@ -22,6 +22,7 @@ from privacy.keys import create_key, load_key, public_key_hex
 from privacy.ledger import PrivacyLedger
 from privacy.lines import parse_line, signed_line
 from privacy.report import report_of
+from privacy.rounding import rounded_up
 from umbel import cli, console
 from umbel.plan import points
 
@@ -209,7 +210,7 @@ def test_an_unknown_column_is_named(umbel: Command, tmp_path: Path) -> None:
         (["--set", "rank"], ["--set key=value", "'rank'"]),
         (["--set", ".rank=1"], ["--set key=value"]),
         (["--set", "privacy=1"], ["Expected a table", "privacy=1"]),
-        (["--epsilon", "0"], ["above 0", "privacy.epsilon='0'"]),
+        (["--epsilon", "0"], ["error: --epsilon: ", "above 0", "privacy.epsilon='0'", "default 1.0"]),
         (["--epsilon", "-1"], ["above 0", "privacy.epsilon='-1'"]),
         (["--epsilon", "nan"], ["above 0"]),
         (["--epsilon", "much"], ["above 0", "'much'"]),
@@ -222,7 +223,10 @@ def test_an_unknown_column_is_named(umbel: Command, tmp_path: Path) -> None:
         (["--nodes", "61"], ["training.nodes <= 60"]),
         (["--engine", "ray"], ["training.engine", "'in-process'"]),
         (["--target-range", "5,1"], ["data.target_range", "low < high"]),
-        (["--target-range", "5"], ["data.target_range"]),
+        (["--target-range", "5"], ["error: --target-range: ", "data.target_range"]),
+        (["--target-range", "1-5"], ["data.target_range='1-5'"]),
+        (["--set", "foo.bar=1"], ["error: --set foo.bar: ", "foo={'bar': 1}"]),
+        (["--data-format", "csv"], ["error: --data-format: ", "data.format='csv'"]),
         (["--epsilon", "1e-12", "--delta", "1e-12"], ["mu >= 1e-9", "Raise epsilon"]),
         (["--epsilom", "1"], ["--epsilom", "'--epsilon'"]),
         (["--format", "yaml"], ["--format", "yaml"]),
@@ -265,6 +269,7 @@ def test_a_used_up_ledger_stops_a_run(umbel: Command, finished: Path, tmp_path: 
     assert json.loads(dry.out)["ledger"] | {"path": ""} == {
         **{"path": "", "population": "synthetic", "epsilon": 1.0, "epsilon_left": mock.ANY, "delta": 1e-6},
         **{"epsilon_spent": pytest.approx(1), "affordable_rounds": 0, "fits": False},
+        **{"not_private": False, "reasons_against": []},
     }
     assert umbel("plan", "--epsilon", 1, "--rounds", 1, "--ledger", ledger).code == 3
     assert ledger.read_bytes() == before
@@ -360,11 +365,104 @@ def test_plan_for_many_users_takes_a_smaller_delta(umbel: Command) -> None:
         ["--noise-multiplier", "1e3"],
         ["--noise-multiplier", "1", "--rounds", "0"],
         ["--epsilon", "1", "--users", "0"],
+        ["--epsilon", "much"],
     ],
 )
 def test_bad_plans(umbel: Command, options: list[str]) -> None:
     """A plan out of range is bad input."""
     fails_in_one_line(umbel("plan", *options), 2)
+
+
+def test_a_plan_has_at_most_a_million_rounds(umbel: Command) -> None:
+    """More are refused at once, with the limit."""
+    fails_in_one_line(umbel("plan", "--epsilon", 1, "--rounds", 10**8), 2, "rounds <= 1000000", "--rounds")
+
+
+def test_plan_says_which_of_two_it_got(umbel: Command) -> None:
+    """Budget and noise exclude each other, and one is needed."""
+    fails_in_one_line(umbel("plan"), 2, "got neither")
+    fails_in_one_line(umbel("plan", "--epsilon", 1, "--noise-multiplier", 1), 2, "got both")
+
+
+def test_plan_without_a_budget_is_stamped(umbel: Command) -> None:
+    """`--epsilon none` is a plan without noise."""
+    assert "NOT PRIVATE" in umbel("plan", "--epsilon", "none").out
+
+
+def test_plan_finds_the_ledger_of_a_run_folder(umbel: Command, finished: Path) -> None:
+    """A run folder stands for its ledger."""
+    ended = umbel("plan", "--epsilon", 1, "--ledger", finished / "run", "--format", "json")
+    assert (ended.code, json.loads(ended.out)["ledger"]["population"]) == (3, "synthetic")
+
+
+@pytest.mark.parametrize("words", [(), ("ledger",)])
+def test_without_a_command_help_is_shown(umbel: Command, words: tuple[str, ...]) -> None:
+    """What comes is the help as it is laid out, not an error."""
+    ended = umbel(*words)
+    assert ended.code == 2
+    assert ended.err.startswith("Usage: umbel")
+    assert ended.err.count("\n") > 5
+
+
+@pytest.mark.parametrize("words", ["plan", "audit", "ledger show", "ledger head"])
+def test_help_has_no_backslashes(umbel: Command, words: str) -> None:
+    """Brackets stand as they are."""
+    ended = umbel(*words.split(), "--help")
+    assert re.search(r"\[(required|x>=1)\]", ended.out)
+    assert "\\" not in ended.out
+
+
+def test_a_mistyped_command_is_suggested_once(umbel: Command) -> None:
+    """Click and typer both suggest; one is enough."""
+    assert umbel("simulat").err.count("Did you mean") == 1
+
+
+def test_a_closed_pipe_is_no_defect() -> None:
+    """Whoever reads may go away; nothing is said about it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "umbel", "plan", "--epsilon", "1"]
+    try:
+        ended = subprocess.run(words, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, check=False, timeout=120)
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_with_a_file_leaving_out_is_no_remedy(umbel: Command, tmp_path: Path) -> None:
+    """Without the option, the file's value would be taken and not the default."""
+    file = tmp_path / "my.toml"
+    file.write_text("[model]\nrank = 5\n")
+    ended = umbel("simulate", "--config", file, "--rank", "0", "--out", tmp_path / "run")
+    fails_in_one_line(ended, 2, "error: --rank: ", "model.rank=0. Correct it.")
+    assert "default" not in ended.err
+    file.write_text("[model]\nrank = 0\n")
+    fails_in_one_line(umbel("simulate", "--config", file, "--sparsity", "1"), 2, f"{file}: ", "for the default")
+
+
+def test_every_loss_of_an_audit_is_rounded_up(umbel: Command, finished: Path) -> None:
+    """By the other accountants too, what is printed is never less than what was spent."""
+    privacy = json.loads(umbel("audit", finished / "run", "--format", "json").out)["privacy"]
+    found = re.search(r"(\S+) by PLD, (\S+) by RDP", umbel("audit", finished / "run").out)
+    assert found is not None
+    assert found.groups() == (rounded_up(privacy["pld_epsilon"]), rounded_up(privacy["rdp_epsilon"]))
+
+
+def test_a_ledger_without_rounds_has_no_table(umbel: Command, tmp_path: Path) -> None:
+    """A sentence stands for an empty table."""
+    with PrivacyLedger.create(
+        tmp_path / "all.jsonl",
+        population="synthetic",
+        epsilon=3,
+        delta=1e-6,
+        mu_max="0.6",
+        max_nodes_per_user=1,
+        key=create_key(tmp_path / "all.key"),
+    ):
+        pass
+    out = umbel("ledger", "show", tmp_path / "all.jsonl").out
+    assert "No round was charged yet." in out
+    assert "outcome" not in out
 
 
 def test_curve_points() -> None:
@@ -467,9 +565,9 @@ def test_audit_of_a_wrong_key_or_head_fails(umbel: Command, finished: Path, tmp_
     assert umbel("audit", ledger, "--public-key", other).code == 4
     assert umbel("audit", ledger, "--anchor", head).code == 5
     assert umbel("audit", ledger, "--anchor", head[:-1] + ("0" if head[-1] != "0" else "1")).code == 4
-    fails_in_one_line(umbel("audit", ledger, "--anchor", "head"), 2, "anchor")
+    fails_in_one_line(umbel("audit", ledger, "--anchor", "head"), 2, "anchor", "umbel ledger head")
     fails_in_one_line(umbel("audit", ledger, "--public-key", "abc"), 2, "64 hex digits")
-    fails_in_one_line(umbel("audit", ledger, "--delta", "0"), 2, "delta")
+    fails_in_one_line(umbel("audit", ledger, "--delta", "0"), 2, "delta", "Correct --delta")
 
 
 def test_audit_names_the_line_that_was_changed(umbel: Command, copied: Path) -> None:
@@ -572,9 +670,13 @@ def test_without_a_promise_every_epsilon_is_void(umbel: Command, tmp_path: Path,
     shown = umbel("ledger", "show", run)
     assert "NOT PRIVATE: nothing is promised" in shown.out
     assert shown.out.count(noise) >= ROUNDS
-    for out in (text.out, shown.out):
+    planned = umbel("plan", "--epsilon", 1, "--ledger", run, "--format", "json")
+    room = json.loads(planned.out)["ledger"]
+    assert (room["epsilon_spent"], room["epsilon_left"], room["not_private"]) == (None, None, True)
+    assert room["reasons_against"] == audit["privacy"]["reasons_against"]
+    for out in (text.out, shown.out, umbel("plan", "--epsilon", 1, "--ledger", run).out):
         assert "epsilon void, NOT PRIVATE" in out
-        spent = [line for line in out.splitlines() if line.startswith("spent")]
+        spent = [line for line in out.splitlines() if line.startswith("spent ")]
         assert [line for line in spent if "1.000" in line] == []
 
 
