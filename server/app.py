@@ -12,8 +12,9 @@ from common.errors import Refused, UmbelError
 from privacy.keys import load_key
 from privacy.ledger import PrivacyLedger
 from server.registry import load_registry
+from server.replies import Answer
 from server.settings import load_run
-from server.training import Answer, train
+from server.training import train
 
 _POLL_SECONDS = 0.1
 

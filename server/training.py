@@ -7,10 +7,8 @@ charge without a release, which stays a charge, or a staged release, which is ex
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -18,19 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.errors import BudgetExhausted, Refused, StorageError, UmbelError, VerificationError
+from common.errors import BudgetExhausted, UmbelError, VerificationError
 from common.files import append_line, clear_leftovers, cut_torn_line, make_folder, pack, unpack, write_durably
 from common.model import IntArray
-from common.records import Broadcast, Contribution, decode
+from common.records import Broadcast
 from privacy.entropy import NoiseSource, NoNoise, SeededNoise, SystemNoise
 from privacy.layout import (
-    SCALARS,
-    Group,
-    Layout,
-    grid_scale_for,
     groups_of_event,
     layout_of_event,
-    sum_is_possible,
 )
 from privacy.ledger import PrivacyLedger, Reservation
 from privacy.mechanism import check_capacity, release
@@ -38,35 +31,18 @@ from privacy.participation import is_noiseless
 from privacy.promise import reasons_against
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
 from server.initialization import initial_model, prior_noise_variance, regularized_moment
+from server.layout import contribution_layout
 from server.registry import Registry
+from server.replies import Answer, Replies, check_refusals, identity_in
 from server.rounds import ServerState, apply_round, initial_state, public_metric
 from server.settings import RunSettings
 
 ROUNDS_LOG = logging.getLogger("umbel.rounds")
 """One record a round: its message names the attribute (`round` or `fold_in`) with the public numbers."""
 
-SCALARS_SHARE = 0.2
-"""s_g of the scalars: 4 % of the squared norm, which costs the gradient 2 % of its noise."""
 _STARTUP_SECONDS = 120.0
 _PAUSE_SECONDS = 0.2
 _SIGNIFICANT_DIGITS = 12
-_PASSING = frozenset({"unavailable", "client_error", "busy", "deadline", "malformed", "error"})
-"""Refusals that the next round may not meet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A node's answer, or the public code of why there is none.
-
-    Attributes:
-        node_id: Who.
-        payload: The reply's bytes; None for a refusal.
-        code: The refusal's code; None for an answer.
-    """
-
-    node_id: int
-    payload: bytes | None = None
-    code: str | None = None
 
 
 class Nodes(Protocol):
@@ -229,7 +205,9 @@ class _Loop:
         )
         payload = self._broadcast("train", server_round, node_ids, reservation)
         answers = self._answers(node_ids, "train.contribute", payload)
-        replies = _Replies(self, reservation.sequence)
+        replies = Replies(
+            ledger_id=self.ledger.ledger_id, sequence=reservation.sequence, users=self.users, layout=self.layout
+        )
         totals = replies.totals(answers)
         first = next(totals, None)
         if first is None:
@@ -245,9 +223,10 @@ class _Loop:
             sequence = reservation.sequence
             self._publish(pack({"noised_sum": noised}, {"sequence": sequence, "event": event}), sequence)
             self._apply(noised, reservation.sequence, event)
+        self.acknowledged |= replies.acknowledged
         self._report(server_round, len(node_ids), replies, time.perf_counter() - started)
         if not replies.answered:
-            _check_refusals(replies.refusals)
+            check_refusals(replies.refusals)
 
     def finish(self) -> None:
         """Publish the final model and the ledger's copy, and let the devices personalize with it."""
@@ -269,7 +248,7 @@ class _Loop:
         refused = [a.code for a in self._answers(node_ids, "train.fold_in", payload) if a.code is not None]
         ROUNDS_LOG.info("fold_in", extra={"fold_in": {"nodes": len(node_ids), "refused": refused}})
         if len(refused) == len(node_ids):
-            _check_refusals(refused)
+            check_refusals(refused)
 
     def _reasons_against(self) -> tuple[str, ...]:
         """Why nothing is promised, if so; stamped on everything that is published."""
@@ -289,7 +268,7 @@ class _Loop:
         while unclaimed and (left := until - time.monotonic()) > 0:
             unnamed = [node_id for node_id in self.nodes.node_ids() if node_id not in named]
             for answer in self.nodes.ask(unnamed, "query.identity", b"", bytes(64), left):
-                name, hosted = _identity_in(answer)
+                name, hosted = identity_in(answer)
                 if not name:
                     refused[answer.node_id] = answer.code or "malformed"
                     continue  # asked again: what is wrong there may be mended
@@ -384,7 +363,7 @@ class _Loop:
             ),
         )
 
-    def _report(self, server_round: int, invited: int, replies: "_Replies", seconds: float) -> None:
+    def _report(self, server_round: int, invited: int, replies: Replies, seconds: float) -> None:
         genesis = self.ledger.genesis
         delta = float(genesis["delta"])
         against = self._reasons_against()
@@ -407,60 +386,9 @@ class _Loop:
         ROUNDS_LOG.info("round", extra={"round": numbers})
 
 
-class _Replies:
-    """Which replies of a round count: the first valid one of each invited node."""
-
-    def __init__(self, loop: _Loop, sequence: int) -> None:
-        self.loop = loop
-        self.sequence = sequence
-        self.answered = 0
-        self.refusals: dict[str, int] = {}
-        self._counted: set[int] = set()
-
-    def totals(self, answers: Iterable[Answer]) -> Iterator[IntArray]:
-        """The sums to add up; a reply that could not be honest is left out and counted under its code."""
-        for answer in answers:
-            try:
-                total = self._checked(answer)
-            except Refused as refused:
-                self.refusals[refused.code] = self.refusals.get(refused.code, 0) + 1
-                continue
-            self.answered += 1
-            yield total
-
-    def _checked(self, answer: Answer) -> IntArray:
-        loop = self.loop
-        if answer.payload is None:
-            raise Refused(answer.code or "error", "Expected an answer, got a refusal.")
-        contribution = Contribution.decode(answer.payload)
-        if (contribution.ledger_id, contribution.sequence) != (loop.ledger.ledger_id, self.sequence):
-            raise Refused("replayed", "Expected a contribution to this release, got one to another.")
-        if answer.node_id not in loop.users or answer.node_id in self._counted:
-            raise Refused("replayed", "Expected one contribution of each invited node, got another.")
-        if not sum_is_possible(contribution.total, loop.users[answer.node_id], loop.layout):
-            raise Refused("malformed", "Expected a sum of clipped vectors, got one that cannot be.")
-        self._counted.add(answer.node_id)
-        loop.acknowledged[answer.node_id] = min(max(contribution.acknowledged, -1), self.sequence)
-        return contribution.total
-
-
 def decimal_string(value: float) -> str:
     """A positive float as a plain decimal string that reads back as the same number to 12 digits or better."""
     return np.format_float_positional(value, precision=_SIGNIFICANT_DIGITS, fractional=False, trim="-")
-
-
-def contribution_layout(dimension: int, rank: int, *, private: bool) -> Layout:
-    """Groups of a contribution: the gradient of (U, beta), `d (r+1)` numbers, and the five scalars.
-
-    Shares are decimals of nine places, as the ledger spells them; the model's is what is left, rounded down.
-    """
-    size = dimension * (rank + 1)
-    model_share = math.floor(math.sqrt(1 - SCALARS_SHARE**2) * 1e9) / 1e9
-    groups = (
-        Group(name="model", size=size, share=model_share),
-        Group(name="scalars", size=len(SCALARS), share=SCALARS_SHARE),
-    )
-    return Layout(groups=groups, grid_scale=grid_scale_for(size + len(SCALARS), private=private))
 
 
 def _first_state(settings: RunSettings) -> ServerState:
@@ -483,36 +411,6 @@ def _noise(settings: RunSettings, sequence: int) -> NoiseSource:
         return NoNoise()
     seed = settings.config.privacy.seed
     return SystemNoise() if seed is None else SeededNoise(seed, sequence)
-
-
-def _identity_in(answer: Answer) -> tuple[str, int]:
-    """The name a node gives itself and how many users it hosts; no name where the answer is not one."""
-    if answer.payload is None:
-        return "", 0
-    try:
-        header, _ = decode(answer.payload)
-        return str(header["name"]), int(header["users"])
-    except (Refused, KeyError, TypeError, ValueError):
-        return "", 0
-
-
-def _check_refusals(codes: Iterable[str]) -> None:
-    """Stop where every node refused for good: one round after the other would be charged for nothing.
-
-    Raises:
-        StorageError: If their disks failed.
-        VerificationError: If the ledger is not what they remember.
-        UmbelError: If it is for another reason that the next round would not change.
-    """
-    found = set(codes)
-    if not found or found & _PASSING:
-        return
-    said = f"Expected nodes that answer, got only refusals: {', '.join(sorted(found))}."
-    if found == {"storage"}:
-        raise StorageError(f"{said} Their disks failed. Make room, then resume.")
-    if any(code.startswith("ledger") for code in found):
-        raise VerificationError(f"{said} Put back the newest ledger, then resume.")
-    raise UmbelError(f"{said} Change what they refuse, or their policy.")
 
 
 def _finite_or_none(value: float) -> float | None:

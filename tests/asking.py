@@ -15,7 +15,7 @@ from common.records import Broadcast, Contribution
 from privacy.keys import public_key_hex
 from privacy.layout import groups_of_event
 from privacy.lines import ZERO_HEAD, extend, signed_line
-from server.training import contribution_layout
+from server.layout import contribution_layout
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 

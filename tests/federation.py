@@ -28,9 +28,9 @@ from privacy.layout import Layout
 from privacy.ledger import PrivacyLedger
 from server.app import app as server_app
 from server.checkpoint import load_checkpoint
+from server.layout import contribution_layout
 from server.rounds import ServerState
 from server.settings import RunFolder
-from server.training import contribution_layout
 from umbel.inprocess import Faults, InProcessGrid, partitions, run_server_app
 from umbel.simulate import lay_out
 

@@ -20,6 +20,7 @@ import client.contribution
 import client.service
 import client.shard
 import client.store
+import server.replies
 import server.training
 from client.batches import Design
 from client.shard import Shard, total_contribution
@@ -35,8 +36,8 @@ from privacy.entropy import SeededNoise
 from privacy.ledger import PrivacyLedger
 from privacy.participation import cost_units
 from server.initialization import initial_model, regularized_moment
+from server.layout import contribution_layout
 from server.rounds import apply_round, initial_state, public_metric
-from server.training import contribution_layout
 from tests.federation import (
     Run,
     configuration,
@@ -364,7 +365,7 @@ def check_impossible_sums_are_left_out(folder: Path) -> None:
 
 
 def anything_goes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(server.training, "sum_is_possible", lambda *_: True)
+    patch.setattr(server.replies, "sum_is_possible", lambda *_: True)
 
 
 def check_replies_count_once(folder: Path) -> None:
@@ -407,24 +408,24 @@ def replies_count_as_they_come(patch: pytest.MonkeyPatch) -> None:
         def __contains__(self, _: object) -> bool:
             return False
 
-    real = server.training._Replies.__init__
+    real = server.replies.Replies.__init__
 
-    def init(self: Any, *arguments: Any) -> None:
-        real(self, *arguments)
+    def init(self: Any, **arguments: Any) -> None:
+        real(self, **arguments)
         self._counted = Forgetful()
 
-    patch.setattr(server.training._Replies, "__init__", init)
+    patch.setattr(server.replies.Replies, "__init__", init)
 
 
 def replies_to_any_release_count(patch: pytest.MonkeyPatch) -> None:
-    real = server.training._Replies._checked
+    real = server.replies.Replies._checked
 
     def checked(self: Any, answer: Any) -> IntArray:
         contribution = Contribution.decode(answer.payload)
         fresh = replace(contribution, sequence=self.sequence)
         return real(self, replace(answer, payload=fresh.encode()))
 
-    patch.setattr(server.training._Replies, "_checked", checked)
+    patch.setattr(server.replies.Replies, "_checked", checked)
 
 
 @dataclass(frozen=True)

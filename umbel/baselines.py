@@ -24,8 +24,8 @@ from privacy.entropy import NoiseSource
 from privacy.layout import Group, Layout, clip_to_ball, grid_scale_for, scalars_to_ball, split_groups, to_grid
 from privacy.mechanism import release
 from server.initialization import initial_model, prior_noise_variance, regularized_moment
+from server.layout import contribution_layout
 from server.rounds import CLIPPING_BOUNDS, ServerState, apply_round, initial_state, public_metric
-from server.training import contribution_layout
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 50.0, 100.0)
 """Ridge penalties tried on the validation part."""

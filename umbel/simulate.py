@@ -26,9 +26,10 @@ from privacy.participation import is_noiseless, mu_max_string
 from privacy.promise import promise_of_ledger, reasons_against
 from privacy.report_page import write_reports
 from server.checkpoint import load_model, save_schema
+from server.layout import contribution_layout
 from server.registry import registry_of
 from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
-from server.training import ROUNDS_LOG, contribution_layout
+from server.training import ROUNDS_LOG
 from umbel.evaluate import paired_difference
 from umbel.plan import affordable_rounds, least_noise, resolve_delta
 from umbel.results import baseline_section, error_section, evaluate, peak_memory_bytes

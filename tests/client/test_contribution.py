@@ -14,7 +14,7 @@ from client.contribution import contribute, marginal_gradient, scalars
 from client.personalize import Choice, personalize, solve
 from common.families import FAMILIES
 from privacy.layout import GRID_SCALES, SCALARS, Layout
-from server.training import contribution_layout
+from server.layout import contribution_layout
 from tests import reference
 from tests.populations import design, draw_model, draw_user, draw_users, torch_batch, torch_model
 

@@ -13,7 +13,7 @@ from common.data import partition, select
 from common.families import FAMILIES
 from common.model import SharedModel
 from privacy.layout import Group, Layout
-from server.training import contribution_layout
+from server.layout import contribution_layout
 from tests.populations import draw_model, draw_users, population_of, schema_of
 from tests.reference import User, squared_norm
 

@@ -11,7 +11,7 @@ from client.contribution import contribute
 from client.personalize import WHILE_TRAINING, personalize
 from client.shard import Shard, total_contribution
 from common.families import FAMILIES
-from server.training import contribution_layout
+from server.layout import contribution_layout
 from tests.populations import draw_model, draw_users, population_of, schema_of
 
 D, R, K = 4, 2, 2

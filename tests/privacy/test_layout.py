@@ -24,7 +24,7 @@ from privacy.layout import (
     sum_is_possible,
     to_grid,
 )
-from server.training import contribution_layout
+from server.layout import contribution_layout
 from tests.reference import clipped_on_grid, squared_norm
 
 EDGES = [

@@ -21,8 +21,8 @@ from server.checkpoint import (
     save_schema,
 )
 from server.initialization import regularized_moment
+from server.layout import contribution_layout
 from server.rounds import ServerState, apply_round, initial_state, public_metric
-from server.training import contribution_layout
 
 
 def random_state(seed, d=4, r=2):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from privacy.layout import SCALARS, split_groups
 from server.initialization import initial_model, regularized_moment
+from server.layout import contribution_layout
 from server.rounds import CLIPPING_BOUNDS, ServerState, apply_round, initial_state, public_metric
-from server.training import contribution_layout, decimal_string
+from server.training import decimal_string
 
 D, R = 5, 2
 NOISELESS = contribution_layout(D, R, private=False)

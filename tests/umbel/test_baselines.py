@@ -10,7 +10,7 @@ import umbel.baselines
 from common.families import FAMILIES
 from common.synthetic import draw_population
 from privacy.entropy import NoNoise, SystemNoise
-from server.training import contribution_layout
+from server.layout import contribution_layout
 from tests.populations import draw_model, draw_users, population_of, schema_of
 from umbel.baselines import (
     PENALTIES,
