@@ -1,6 +1,7 @@
 """Where training starts: from public knowledge alone, so that it costs no privacy."""
 
 import math
+from hashlib import sha256
 
 import numpy as np
 
@@ -48,6 +49,15 @@ def initial_model(
     if rank:
         U = U * math.sqrt(_INITIAL_SHARE * noise_variance / np.trace(U.T @ S @ U))
     return SharedModel(beta=np.zeros(len(S)), U=U, b_variance=_B_SHARE * noise_variance, noise_variance=noise_variance)
+
+
+def tie_breaker(run: str, seed: int | None) -> np.random.Generator:
+    """Breaks ties between equal directions by the run's public name, or by a seed where one is given.
+
+    A run that is resumed, and the baselines that a run is compared with, so start in the same place.
+    """
+    text = run if seed is None else f"seed {seed}"
+    return np.random.default_rng(int.from_bytes(sha256(text.encode()).digest()[:8]))
 
 
 def prior_noise_variance(target_range: tuple[float, float], family: str) -> float:

@@ -30,7 +30,7 @@ from privacy.mechanism import check_capacity, release
 from privacy.participation import is_noiseless
 from privacy.promise import reasons_against
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
-from server.initialization import initial_model, prior_noise_variance, regularized_moment
+from server.initialization import initial_model, prior_noise_variance, regularized_moment, tie_breaker
 from server.layout import contribution_layout
 from server.registry import Registry
 from server.replies import Answer, Replies, check_refusals, identity_in
@@ -393,17 +393,11 @@ def decimal_string(value: float) -> str:
 
 def _first_state(settings: RunSettings) -> ServerState:
     config, schema = settings.config, settings.schema
-    # ties between equal directions are broken by the run's public name, so that a resumed run breaks them alike
-    rng = np.random.default_rng(int.from_bytes(sha256(_seed_text(settings).encode()).digest()[:8]))
+    rng = tie_breaker(settings.run, config.privacy.seed)
     noise_variance = prior_noise_variance(schema.target_range, config.model.family)
     model = initial_model(schema.feature_second_moment, config.model.rank, noise_variance, rng)
     clipping_norm = None if config.privacy.clipping == "adaptive" else float(config.privacy.clipping)
     return initial_state(model, regularized_moment(schema.feature_second_moment), clipping_norm)
-
-
-def _seed_text(settings: RunSettings) -> str:
-    seed = settings.config.privacy.seed
-    return settings.run if seed is None else f"seed {seed}"
 
 
 def _noise(settings: RunSettings, sequence: int) -> NoiseSource:

@@ -13,6 +13,7 @@ from common.data import DataSchema
 from common.families import FAMILIES
 from common.model import SharedModel
 from privacy.entropy import NoiseSource, NoNoise, SystemNoise
+from server.initialization import tie_breaker
 from umbel.baselines import (
     Mechanism,
     Users,
@@ -87,7 +88,7 @@ def evaluate(
 
 
 def _trained(users: Users, rank: int, sparsity: int, mechanism: Mechanism, config: Config) -> SharedModel:
-    rng = np.random.default_rng(config.data.split_seed)  # breaks ties between equal directions only
+    rng = tie_breaker(str(config.run.name), config.privacy.seed)
     return train_model(users, rank=rank, sparsity=sparsity, mechanism=mechanism, rng=rng)
 
 
