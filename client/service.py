@@ -26,7 +26,7 @@ from client.store_file import FULL, MEMORY
 from client.transient import TransientStore
 from common.errors import Refused
 from common.families import FAMILIES
-from common.model import IntArray, PersonalState
+from common.model import IntArray, PersonalState, SharedModel
 from common.records import Broadcast, Contribution, encode
 from privacy.layout import layout_of_event
 from privacy.participation import admit, cost_units, is_noiseless, is_unlimited, limit_units
@@ -130,7 +130,7 @@ class NodeService:
                 sparsity=int(broadcast.task["sparsity"]),
                 with_precision=True,
             )
-            return _finite(solution.state(), broadcast.model.beta)
+            return _finite(solution.state(), broadcast.model)
 
         with np.errstate(all="ignore"):
             for chunk, found in self._shard.isolated(state):
@@ -157,18 +157,17 @@ class NodeService:
         return accepted
 
 
-def _finite(state: PersonalState, beta: np.ndarray[tuple[int], np.dtype[np.float64]]) -> PersonalState:
+def _finite(state: PersonalState, model: SharedModel) -> PersonalState:
     """Users whose numbers are not finite start from the prior."""
     good = np.all(np.isfinite(state.theta), axis=1) & np.all(np.isfinite(state.precision), axis=(1, 2))
     if good.all():
         return state
-    r = state.w.shape[1]
-    prior = np.eye(state.precision.shape[1])
+    prior = np.diag([1.0] * state.w.shape[1] + [1 / model.b_variance] * state.b.shape[1])
     return PersonalState(
         w=np.where(good[:, None], state.w, 0.0),
         support=np.where(good[:, None], state.support, -1),
         b=np.where(good[:, None], state.b, 0.0),
         scale=np.where(good, state.scale, 1.0),
-        precision=np.where(good[:, None, None], state.precision, prior * (np.arange(len(prior)) < r)),
-        theta=np.where(good[:, None], state.theta, beta),
+        precision=np.where(good[:, None, None], state.precision, prior),
+        theta=np.where(good[:, None], state.theta, model.beta),
     )

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import StorageError, UmbelError
+from common.files import sync_directory
 from common.model import IntArray
 
 MEMORY = ":memory:"
@@ -239,7 +240,7 @@ def _is_sound(path: Path) -> bool:
 def _set_aside(path: Path) -> None:
     numbers = [int(entry.name.rsplit("-", 1)[1]) for entry in set_aside_files(path)]
     path.rename(_with_suffix(path, f".corrupt-{max(numbers, default=0) + 1}"))
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _set_aside_log(path: Path) -> None:
@@ -252,7 +253,7 @@ def _set_aside_log(path: Path) -> None:
         _set_aside(path)
     log.rename(_with_suffix(set_aside_files(path)[-1], "-wal"))
     _with_suffix(path, "-shm").unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _create(path: Path, salvage: _Salvage) -> None:
@@ -265,7 +266,7 @@ def _create(path: Path, salvage: _Salvage) -> None:
     with closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
         _fill(connection, salvage)
     temporary.rename(path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _fill(connection: sqlite3.Connection, salvage: _Salvage) -> None:
@@ -342,14 +343,6 @@ def _restrict(path: Path) -> None:
 def _with_companions(path: Path) -> list[Path]:
     """The main file, its write-ahead log and the log's index, as far as they exist."""
     return [entry for suffix in ("", "-wal", "-shm") if (entry := _with_suffix(path, suffix)).exists()]
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _with_suffix(path: Path, suffix: str) -> Path:

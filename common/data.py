@@ -44,11 +44,6 @@ class DataSchema:
         return len(self.feature_names)
 
 
-def clip_features(schema: DataSchema, X: Array) -> Array:
-    """Force every feature into the declared bound; NaN stays NaN, for its user to be masked."""
-    return np.clip(X, -schema.feature_bound, schema.feature_bound)
-
-
 class Features(Protocol):
     """The features of N examples, however they are stored."""
 

@@ -52,7 +52,7 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staging, path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except OSError:
             with contextlib.suppress(OSError):
                 staging.unlink()
@@ -113,7 +113,7 @@ def make_folder(path: Path, *, mode: int = 0o777) -> None:
     with storing(path):
         for folder in reversed([entry for entry in (path, *path.parents) if not entry.exists()]):
             folder.mkdir(mode=mode if folder == path else 0o777, exist_ok=True)
-            _sync_directory(folder.parent)
+            sync_directory(folder.parent)
 
 
 def pack(arrays: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -> bytes:
@@ -139,7 +139,8 @@ def unpack(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         raise UmbelError(f"Expected {path} as umbel wrote it, got something else. Restore or remove it.") from error
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Bring a folder's own entries to disk, so that a file made or renamed in it survives a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,11 +18,6 @@ def transpose(A: Array) -> Array:
     return xp.matrix_transpose(A)
 
 
-def outer(a: Array, b: Array) -> Array:
-    """`n x p x q` outer products of the rows of `a` (`n x p`) and `b` (`n x q`)."""
-    return a[:, :, None] * b[:, None, :]
-
-
 def apply(A: Array, x: Array) -> Array:
     """`n x p` products of the matrices `A` (`n x p x q` or `p x q`) with the rows of `x` (`n x q`)."""
     return (A @ x[:, :, None])[:, :, 0]

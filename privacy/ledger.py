@@ -30,6 +30,7 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.errors import LedgerCorrupt, StorageError, UmbelError, VerificationError
+from common.files import sync_directory
 from privacy.gaussian import epsilon_of_mu
 from privacy.keys import public_key_hex
 from privacy.ledger_state import Event, LedgerState, Reading, Round, read_file
@@ -120,7 +121,7 @@ class PrivacyLedger:
             _truncate(descriptor, 0)
             ledger = cls(path, descriptor, key, Reading(state=LedgerState(), length=0))
             ledger._append("GENESIS", body)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         return ledger
 
     @classmethod
@@ -320,7 +321,7 @@ class PrivacyLedger:
                 target.flush()
                 os.fsync(target.fileno())
             os.replace(staging, path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except OSError as error:
             raise StorageError(f"Expected to copy the ledger to {path}, got {error.strerror}.") from error
 
@@ -421,11 +422,3 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _truncate(descriptor: int, length: int) -> None:
     os.ftruncate(descriptor, length)
     os.fsync(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,7 +34,6 @@ from common.errors import Refused, UmbelError
 OnLine = Callable[[dict[str, Any]], None]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-NODE_CONFIG = "UMBEL_NODE_CONFIG"
 
 _PROGRAM = Path(__file__).with_name("flower_child.py")
 _LONGEST_FOLDER = 36  # Ray's sockets lie some 70 characters below it, and the path of a socket has at most 107
@@ -65,7 +64,7 @@ def run(
         app_dir: A checkout or an installed bundle: a folder with a pyproject.toml and the apps that it names.
         num_nodes: Number of SuperNodes.
         run_config: Overrides of the configuration in pyproject.toml; Flower takes only keys that stand there.
-        env: Environment variables for server and clients, for instance `NODE_CONFIG`: Flower's simulation
+        env: Environment variables for server and clients, such as `client.app.SETTINGS_VARIABLE`: Flower's simulation
             gives a node no configuration of its own but its partition.
         log_file: Where everything goes that server, Flower and Ray print.
         on_line: Called with each line of the server's standard output that is a JSON object.

@@ -10,10 +10,11 @@ import pytest
 
 import client.service
 import client.shard
+from client.service import _finite
 from client.sources import forget
 from client.store import DeviceStore
 from common.config import DataConfig, SyntheticConfig
-from common.model import IntArray
+from common.model import IntArray, PersonalState, SharedModel
 from privacy.participation import cost_units
 from tests.asking import Asker, node, total_of
 from tests.populations import draw_model
@@ -122,3 +123,17 @@ def test_a_user_who_raises_while_folding_in_keeps_no_state(tmp_path: Path, monke
     service.close()
     with DeviceStore.open(path, USERS) as store:
         assert store.load_states(USERS).found.tolist() == [True] * 3 + [False] + [True] * 2
+
+
+def test_a_state_that_is_not_finite_is_the_prior():
+    """A user whose numbers overflow keeps the released prior, b's variance included, and nobody else changes."""
+    model = SharedModel(beta=np.array([1.0, 2.0]), U=np.ones((2, 1)), b_variance=0.25, noise_variance=1.0)
+    theta = np.array([[5.0, 6.0], [np.nan, 0.0]])
+    state = PersonalState(
+        w=np.ones((2, 1)), support=np.zeros((2, 1), np.int64), b=np.ones((2, 1)), scale=np.full(2, 3.0),
+        precision=np.tile(7 * np.eye(2), (2, 1, 1)), theta=theta,
+    )  # fmt: skip
+    kept = _finite(state, model)
+    assert kept.theta.tolist() == [[5.0, 6.0], [1.0, 2.0]]
+    assert kept.precision.tolist() == [[[7, 0], [0, 7]], [[1, 0], [0, 4]]]
+    assert (kept.support[1, 0], kept.b[1, 0], kept.w[1, 0], kept.scale[1]) == (-1, 0, 0, 1)

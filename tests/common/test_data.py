@@ -9,11 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.data import (
-    DataSchema,
     DenseFeatures,
     ItemFeatures,
     Population,
-    clip_features,
     example_keys,
     held_out,
     limit_examples,
@@ -211,13 +209,3 @@ def test_features_may_be_a_memory_map(tmp_path: Path) -> None:
         assert features.rows(index).dtype == np.float64
         assert features.rows(index).tolist() == features.take(index).rows(slice(None)).tolist()
     assert features.rows(slice(1, 3)).tolist() == [[2.0, 3.0], [4.0, 5.0]]
-
-
-def test_clip_features_bounds_everything_but_nan() -> None:
-    """Infinity is clipped like any other number; NaN is left for its user to be masked."""
-    schema = DataSchema(
-        feature_names=("a", "b"), feature_second_moment=np.eye(2), target_range=(-1, 1), feature_bound=2.0
-    )
-    clipped = clip_features(schema, np.array([[3.0, -np.inf], [np.nan, 1.0]]))
-    assert np.array_equal(clipped, [[2.0, -2.0], [np.nan, 1.0]], equal_nan=True)
-    assert schema.dimension == 2

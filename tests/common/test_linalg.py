@@ -15,7 +15,6 @@ A, a, b = RNG.standard_normal((4, 3, 5)), RNG.standard_normal((4, 3)), RNG.stand
 def test_products_of_rows():
     """Each function against the same sum written with einsum."""
     close = {"rtol": 1e-12, "atol": 1e-12}
-    np.testing.assert_allclose(linalg.outer(a, b), np.einsum("np,nq->npq", a, b), **close)
     np.testing.assert_allclose(linalg.apply(A, b), np.einsum("npq,nq->np", A, b), **close)
     np.testing.assert_allclose(linalg.apply(A[0], b), np.einsum("pq,nq->np", A[0], b), **close)
     np.testing.assert_allclose(linalg.apply_transposed(A, a), np.einsum("npq,np->nq", A, a), **close)
@@ -71,7 +70,6 @@ def test_a_row_is_the_same_bits_alone(seed, n, p, q):
         positive(rng, n, p, 10.0),
     )
     calls = {
-        "outer": (linalg.outer, (x, y)),
         "apply": (linalg.apply, (M, y)),
         "apply_transposed": (linalg.apply_transposed, (M, x)),
         "dot": (linalg.dot, (x, x)),
@@ -98,7 +96,6 @@ def test_torch_tensors_work_as_well():
     np.testing.assert_allclose(
         linalg.apply_transposed(tensors[0], tensors[2]).numpy(), linalg.apply_transposed(A, a), **close
     )
-    np.testing.assert_allclose(linalg.outer(tensors[2], tensors[1]).numpy(), linalg.outer(a, b), **close)
     np.testing.assert_allclose(linalg.inverse_positive(tensors[3]).numpy(), linalg.inverse_positive(S), **close)
     np.testing.assert_allclose(linalg.trace(tensors[3]).numpy(), linalg.trace(S), **close)
     assert linalg.one_hot(torch.tensor([1, -1]), 2).tolist() == [[0, 1], [0, 0]]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from client.app import SETTINGS_VARIABLE
 from common.errors import BudgetExhausted, Refused, UmbelError
 from umbel import flower_engine
 from umbel.inprocess import InProcessGrid, partitions, run_server_app
@@ -133,12 +134,12 @@ def test_a_bundle_under_flower_answers_as_in_this_process(
         installed,
         2,
         {"config": "run.toml"},
-        {flower_engine.NODE_CONFIG: "node.toml"},
+        {SETTINGS_VARIABLE: "node.toml"},
         log_file=tmp_path / "log",
         on_line=lines.append,
     )
     assert [Path(line["code"]) for line in lines] == [installed / "server" / "app.py"] * 2
-    monkeypatch.setenv(flower_engine.NODE_CONFIG, "node.toml")
+    monkeypatch.setenv(SETTINGS_VARIABLE, "node.toml")
     under_flower = [line["replies"] for line in lines]
     assert under_flower == replies_in_process(source, capsys)
     assert "client_error" in under_flower[1]
