@@ -163,13 +163,20 @@ class Chunk:
     length: int
 
 
-def plan_chunks(counts: IntArray, dimension: int, chunk_bytes: int) -> list[Chunk]:
-    """Group users of equal padded length into chunks whose examples take at most `chunk_bytes`."""
+def plan_chunks(counts: IntArray, dimension: int, chunk_bytes: int, result_bytes: int = 0) -> list[Chunk]:
+    """Group users of equal padded length into chunks whose examples take at most `chunk_bytes`.
+
+    Args:
+        counts: Examples of each user.
+        dimension: Number of features d.
+        chunk_bytes: For a chunk's examples and results.
+        result_bytes: What is computed for a user takes, where that may be more than the examples.
+    """
     lengths = padded_length(counts)
     chunks = []
     for length in np.unique(lengths):
         users = np.flatnonzero(lengths == length)
-        size = max(1, chunk_bytes // int(length * dimension * _FLOAT_BYTES))
+        size = max(1, chunk_bytes // (int(length * dimension * _FLOAT_BYTES) + result_bytes))
         chunks += [Chunk(users=users[i : i + size], length=int(length)) for i in range(0, len(users), size)]
     return chunks
 

@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from common.errors import LedgerCorrupt, Refused, VerificationError
 from common.records import Broadcast
-from privacy.layout import GRID_SCALES, SCALARS
+from common.task import Task
+from privacy.layout import GRID_SCALES, group_sizes
 from privacy.lines import ZERO_HEAD, Line, chain, replay, verify_line
 from privacy.participation import checked_noise_multiplier, cost_units, is_unlimited, limit_units
 
@@ -39,6 +40,9 @@ class Policy:
         families: Loss families this node computes.
         max_dimension: The most features d.
         max_rank: The largest rank r.
+        max_coordinates: The most numbers in a user's vector.
+        works: What vectors may be made of; "statistics" lets the server that adds the noise compute each user's
+            X'X from a node with one user, so a node's operator has to allow it.
         max_grid_scale: The largest grid scale K.
         min_clipping_norm: The least clipping norm C.
         max_clipping_norm: The largest.
@@ -54,6 +58,8 @@ class Policy:
     families: frozenset[str] = frozenset({"squared", "logistic"})
     max_dimension: int = 10_000
     max_rank: int = 64
+    max_coordinates: int = 1_000_000
+    works: frozenset[str] = frozenset({"gradient", "moment"})
     max_grid_scale: int = max(GRID_SCALES)
     min_clipping_norm: float = 1e-6
     max_clipping_norm: float = 1e6
@@ -84,12 +90,14 @@ class Accepted:
 
     Attributes:
         broadcast: The message.
+        task: What it asks for.
         event: The mechanism event of its RESERVE line; None for `fold_in`.
         sequence: Last line of the ledger, to be stored before anything is answered.
         head: The ledger's head there.
     """
 
     broadcast: Broadcast
+    task: Task
     event: Mapping[str, Any] | None
     sequence: int
     head: bytes
@@ -125,16 +133,16 @@ def check(
         _refuse("policy_users", f"at most {policy.max_users_per_node} users", users)
     if not now <= broadcast.deadline <= now + policy.max_deadline_ahead:
         _refuse("deadline", f"a deadline within {policy.max_deadline_ahead} s from now", broadcast.deadline)
-    _check_task(broadcast, policy)
+    task = _checked_task(broadcast, policy)
     if broadcast.purpose == "train":
         line = _reserve_line(broadcast, policy.public_key)
         sequence, head = replay(*acknowledged, broadcast.digests_from, broadcast.digests, [line.raw])
         event = line.body["event"]
-        _check_event(event, broadcast, policy)
-        return Accepted(broadcast=broadcast, event=event, sequence=sequence, head=head)
+        _check_event(event, task, broadcast, policy)
+        return Accepted(broadcast=broadcast, task=task, event=event, sequence=sequence, head=head)
     if broadcast.purpose == "fold_in":
         sequence, head = _follow(*acknowledged, broadcast)
-        return Accepted(broadcast=broadcast, event=None, sequence=sequence, head=head)
+        return Accepted(broadcast=broadcast, task=task, event=None, sequence=sequence, head=head)
     _refuse("purpose", "purpose train or fold_in", repr(broadcast.purpose))
 
 
@@ -171,15 +179,20 @@ def _decoded(payload: bytes) -> Broadcast:
     return broadcast
 
 
-def _check_task(broadcast: Broadcast, policy: Policy) -> None:
+def _checked_task(broadcast: Broadcast, policy: Policy) -> Task:
     d, r = broadcast.model.dimension, broadcast.model.rank
     if not (0 < d <= policy.max_dimension and r <= min(d, policy.max_rank)):
         _refuse("policy_shape", f"d <= {policy.max_dimension}, r <= {policy.max_rank} and r <= d", f"{d=}, {r=}")
-    family, sparsity = broadcast.task.get("family"), broadcast.task.get("sparsity", 0)
-    if not (isinstance(family, str) and family in policy.families):
+    task = Task.decode(broadcast.task)
+    if task.family not in policy.families:
         _refuse("policy_shape", f"a family of {sorted(policy.families)}", "another")
-    if not (type(sparsity) is int and 0 <= sparsity <= d):
-        _refuse("policy_shape", "0 <= sparsity <= d", "another sparsity")
+    if task.sparsity > d:
+        _refuse("policy_shape", "sparsity <= d", "another sparsity")
+    if (task.work != "gradient" or task.fitting is not None) and task.family != "squared":
+        _refuse("policy_shape", "squared loss with second moments and statistics", "another family")
+    if task.work not in policy.works:
+        _refuse("policy_work", f"work of {sorted(policy.works)}", repr(task.work))
+    return task
 
 
 def _reserve_line(broadcast: Broadcast, public_key: bytes) -> Line:
@@ -213,16 +226,18 @@ def _follow(sequence: int, head: bytes, broadcast: Broadcast) -> tuple[int, byte
     return last, chain(head, digests[sequence + 1 - first :])
 
 
-def _check_event(event: Mapping[str, Any], broadcast: Broadcast, policy: Policy) -> None:
+def _check_event(event: Mapping[str, Any], task: Task, broadcast: Broadcast, policy: Policy) -> None:
     """Check a mechanism event, whose fields and their types are known to be right, against the policy."""
-    if event["mechanism"] != "gaussian" or event["sampling"] != "none" or event["initialization"]:
-        _refuse("policy_shape", "one Gaussian release without sampling, from a gradient", "another mechanism")
+    if event["mechanism"] != "gaussian" or event["sampling"] != "none":
+        _refuse("policy_shape", "one Gaussian release without sampling", "another mechanism")
+    if event["initialization"] != (task.work == "moment"):
+        _refuse("policy_shape", "an initialization from a moment and from nothing else", "another")
     _check_noise(event["noise"], event["noise_multiplier"], policy)
     clipping_norm = float(event["clipping_norm"])
     if not policy.min_clipping_norm <= clipping_norm <= policy.max_clipping_norm:
         bounds = f"{policy.min_clipping_norm} <= clipping_norm <= {policy.max_clipping_norm}"
         _refuse("policy_clipping", bounds, f"clipping_norm={event['clipping_norm']}")
-    _check_layout(event["groups"], event["grid_scale"], broadcast, policy)
+    _check_layout(event["groups"], event["grid_scale"], task, broadcast, policy)
 
 
 def _check_noise(noise: str, noise_multiplier: str, policy: Policy) -> None:
@@ -240,11 +255,12 @@ def _check_noise(noise: str, noise_multiplier: str, policy: Policy) -> None:
         _refuse("policy_noise", limits, f"noise_multiplier={noise_multiplier}")
 
 
-def _check_layout(groups: Any, grid_scale: int, broadcast: Broadcast, policy: Policy) -> None:
-    model_size = broadcast.model.dimension * (broadcast.model.rank + 1)
-    named = [group["name"] for group in groups] == ["model", "scalars"]
-    if not (named and groups[0]["size"] == model_size and groups[1]["size"] == len(SCALARS)):
-        _refuse("policy_shape", f"groups model of d(r+1)={model_size} and {len(SCALARS)} scalars", "others")
+def _check_layout(groups: Any, grid_scale: int, task: Task, broadcast: Broadcast, policy: Policy) -> None:
+    sizes = group_sizes(task.work, broadcast.model.dimension, broadcast.model.rank)
+    if [(group["name"], group["size"]) for group in groups] != list(sizes.items()):
+        _refuse("policy_shape", f"groups {sizes}", "others")
+    if sum(sizes.values()) > policy.max_coordinates:
+        _refuse("policy_shape", f"at most {policy.max_coordinates} numbers", f"groups {sizes}")
     shares = [Fraction(group["share"]) for group in groups]
     if min(shares) <= 0 or sum(share**2 for share in shares) > 1 + _SHARE_SLACK:
         _refuse("policy_shape", "positive shares whose squares sum to at most 1", "others")

@@ -17,17 +17,18 @@ import numpy.typing as npt
 
 from client.batches import Batch, Chunk
 from client.guard import Accepted, check
-from client.personalize import personalize
 from client.settings import NodeSettings
 from client.shard import Shard, total_contribution
 from client.sources import node_data
 from client.store import DeviceStore
 from client.store_file import FULL, MEMORY
 from client.transient import TransientStore
+from client.work import contribution_to, personal_state, shard_for
 from common.errors import Refused
 from common.families import FAMILIES
 from common.model import IntArray, PersonalState, SharedModel
-from common.records import Broadcast, Contribution, encode
+from common.records import Contribution, encode
+from common.task import Task
 from privacy.layout import layout_of_event
 from privacy.participation import admit, cost_units, is_noiseless, is_unlimited, limit_units
 
@@ -49,6 +50,7 @@ class NodeService:
         path, users = settings.store.format(partition=index), self._population.users
         self._store = TransientStore(users) if path == MEMORY else DeviceStore.open(path, users)
         self._shard = Shard(self._population, self._schema, FAMILIES[settings.family])
+        self._variant: tuple[Any, Shard] = (None, self._shard)
         self._contributing = threading.Lock()
 
     def close(self) -> None:
@@ -85,24 +87,33 @@ class NodeService:
         mu_max = self._settings.mu_max
         limit = FULL if is_unlimited(mu_max) else limit_units(mu_max)
         layout, num_users = layout_of_event(event), self._population.num_users
+        model, shard = accepted.broadcast.model, self._shard_for(accepted.task, accepted.broadcast.model.rank)
+        contribution = contribution_to(
+            accepted.task,
+            model,
+            accepted.broadcast.metric,
+            clipping_norm=float(event["clipping_norm"]),
+            layout=layout,
+        )
         for _ in range(2):
             # without a limit there is no promise to keep, and users go on contributing
             spent = self._store.spent(self._population.users) if limit < FULL else np.zeros(num_users, np.int64)
             admitted = admit(spent, cost, limit)
-            total = total_contribution(
-                self._shard,
-                accepted.broadcast.model,
-                accepted.broadcast.metric,
-                sparsity=int(accepted.broadcast.task["sparsity"]),
-                clipping_norm=float(event["clipping_norm"]),
-                layout=layout,
-                admitted=admitted,
-            )
+            total = total_contribution(shard, contribution, size=layout.size, admitted=admitted)
             with suppress(ValueError):  # from a user who is no longer within the limit
                 self._charge(accepted, admitted, cost, limit)
                 return total
         self._charge(accepted, np.zeros(num_users, np.bool_), cost, limit)
         return np.zeros(layout.size, np.int64)
+
+    def _shard_for(self, task: Task, rank: int) -> Shard:
+        """The users as a task needs them; the newest that is not as usual is kept for the next round."""
+        if task.work == "gradient":
+            return self._shard
+        wanted = (task.work, task.fold, rank)
+        if self._variant[0] != wanted:
+            self._variant = (wanted, shard_for(task, self._population, self._schema, rank))
+        return self._variant[1]
 
     def _charge(self, accepted: Accepted, mask: npt.NDArray[np.bool_], cost: int, limit: int) -> None:
         ledger_id, users = accepted.broadcast.ledger_id, self._population.users
@@ -117,20 +128,16 @@ class NodeService:
         accepted = self._check(payload, signature, "fold_in")
         broadcast = accepted.broadcast
         if self._store.keeps_states:
-            self._keep_states(broadcast, sha256(payload).digest())
+            self._keep_states(accepted, sha256(payload).digest())
         self._store.acknowledge(broadcast.ledger_id, accepted.sequence, accepted.head)
         return encode({"acknowledged": accepted.sequence}, {})
 
-    def _keep_states(self, broadcast: Broadcast, model_digest: bytes) -> None:
+    def _keep_states(self, accepted: Accepted, model_digest: bytes) -> None:
+        model = accepted.broadcast.model
+        personal = personal_state(accepted.task, model)
+
         def state(_: Chunk, batch: Batch) -> PersonalState:
-            solution = personalize(
-                batch,
-                broadcast.model,
-                family=self._shard.family,
-                sparsity=int(broadcast.task["sparsity"]),
-                with_precision=True,
-            )
-            return _finite(solution.state(), broadcast.model)
+            return _finite(personal(batch), model)
 
         with np.errstate(all="ignore"):
             for chunk, found in self._shard.isolated(state):
@@ -150,7 +157,7 @@ class NodeService:
         )
         if accepted.broadcast.purpose != purpose:
             raise Refused("purpose", f"Expected a broadcast for {purpose}, got one for another purpose.")
-        if accepted.broadcast.task["family"] != self._settings.family:
+        if accepted.task.family != self._settings.family:
             raise Refused("policy_shape", "Expected this node's loss family, got another.")
         if accepted.broadcast.model.dimension != self._schema.dimension:
             raise Refused("policy_shape", "Expected a model of this node's features, got another dimension.")

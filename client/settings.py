@@ -25,6 +25,8 @@ class NodeSettings(BaseModel):
         mu_max: Limit of each user on this node, a decimal string or "inf".
         max_users_per_node: The most users in one sum.
         allow_not_private: Answer releases without noise or with seeded noise: for simulations.
+        allow_statistics: Answer AMHT-LRS too, from whose statistics the server that adds the noise can compute X'X
+            of a user who is alone on the node.
         family: Loss family of the target.
         data: The users' data.
     """
@@ -38,12 +40,15 @@ class NodeSettings(BaseModel):
     mu_max: str
     max_users_per_node: int = 1_000_000
     allow_not_private: bool = False
+    allow_statistics: bool = False
     family: Family = "squared"
     data: DataConfig
 
     def policy(self) -> Policy:
         """The limits that the guard enforces."""
+        works = frozenset({"gradient", "moment"}) | ({"statistics"} if self.allow_statistics else set())
         return Policy(
+            works=works,
             public_key=bytes.fromhex(self.public_key),
             ledger_id=self.ledger_id,
             mu_max=self.mu_max,

@@ -7,12 +7,9 @@ from typing import TypeVar
 import numpy as np
 
 from client.batches import Batch, Chunk, cleaned, design_of, form_of, plan_chunks
-from client.contribution import contribute
-from client.personalize import WHILE_TRAINING, personalize
 from common.data import DataSchema, Population
 from common.families import Family
-from common.model import Array, IntArray, SharedModel
-from privacy.layout import Layout
+from common.model import IntArray
 
 T = TypeVar("T")
 CHUNK_BYTES = 2**22
@@ -26,6 +23,7 @@ class Shard:
         population: The users and their examples.
         schema: Public facts about the data.
         family: Loss family.
+        keep_examples: Whether second moments do not suffice.
     """
 
     def __init__(
@@ -36,11 +34,14 @@ class Shard:
         *,
         chunk_bytes: int = CHUNK_BYTES,
         cache_bytes: int = CACHE_BYTES,
+        result_bytes: int = 0,
+        keep_examples: bool = False,
     ) -> None:
         self.population = cleaned(population, schema)
         self.schema = schema
         self.family = family
-        self._chunks = plan_chunks(population.counts, population.dimension, chunk_bytes)
+        self.keep_examples = keep_examples or family.name != "squared"
+        self._chunks = plan_chunks(population.counts, population.dimension, chunk_bytes, result_bytes)
         self._cache: dict[int, Batch] = {}
         self._free_bytes = cache_bytes
 
@@ -77,50 +78,33 @@ class Shard:
 
     def _build(self, chunk: Chunk) -> Batch:
         design = design_of(self.population, chunk)
-        return form_of(design, second_moments_suffice=self.family.name == "squared")
+        return form_of(design, second_moments_suffice=not self.keep_examples)
 
 
 def total_contribution(
     shard: Shard,
-    model: SharedModel,
-    metric: Array,
+    contribution: Callable[[Batch], IntArray],
     *,
-    sparsity: int,
-    clipping_norm: float,
-    layout: Layout,
+    size: int,
     admitted: np.ndarray[tuple[int], np.dtype[np.bool_]],
 ) -> IntArray:
-    """`D` int64, the sum of the clipped integer vectors of the admitted users; the others count as zeros.
+    """`size` int64, the sum of the clipped integer vectors of the admitted users; the others count as zeros.
 
     A user who raises contributes zeros, see `Shard.isolated`.
 
     Args:
         shard: The node's users.
-        model: The prior of this round.
-        metric: `d x d`, the public metric.
-        sparsity: Cap on nonzeros of b while training.
-        clipping_norm: C.
-        layout: Groups and grid.
+        contribution: `n x size` int64 of a batch, see `client.work`.
+        size: Coordinates D.
         admitted: `n` booleans, whose filter allows this release.
     """
 
     def chunk_total(chunk: Chunk, batch: Batch) -> IntArray:
-        solution = personalize(batch, model, family=shard.family, sparsity=sparsity, least_probability=WHILE_TRAINING)
-        grid: IntArray = contribute(
-            batch,
-            solution,
-            model,
-            metric,
-            family=shard.family,
-            sparsity=sparsity,
-            clipping_norm=clipping_norm,
-            layout=layout,
-        )
-        counts = admitted[chunk.users]
+        grid, counts = contribution(batch), admitted[chunk.users]
         chunk_sum: IntArray = (grid if counts.all() else grid[counts]).sum(axis=0)
         return chunk_sum
 
-    total = np.zeros(layout.size, np.int64)
+    total = np.zeros(size, np.int64)
     with np.errstate(all="ignore"):  # a user's overflow is that user's zeros, and no warning's business
         for _, chunk_sum in shard.isolated(chunk_total):
             total += chunk_sum

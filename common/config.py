@@ -1,4 +1,4 @@
-"""The configuration: five sections, read once from TOML at the edge of the program and never changed.
+"""The configuration: six sections, read once from TOML at the edge of the program and never changed.
 
 Below that edge functions take the numbers they use, not the configuration. What can change privacy is in
 `PrivacyConfig` and nowhere else.
@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import UmbelError
+from common.task import Fitting, Moment
 
 Family: TypeAlias = Literal["squared", "logistic"]
+Algorithm: TypeAlias = Literal["gradient", "amht-lrs"]
 DataFormat: TypeAlias = Literal["auto", "movielens-1m", "movielens-100k", "ratings", "table", "synthetic"]
 
 _OPTIONS_SOURCE = "command line"
@@ -231,16 +233,37 @@ class TrainingConfig(_Section):
     """How rounds are run.
 
     Attributes:
-        rounds: How many.
+        rounds: How many releases.
+        algorithm: How the server learns: "gradient" ascent on the users' marginal likelihood, or "amht-lrs",
+            alternating minimization as published.
         engine: "in-process" (this process) or "flower" (the Flower Simulation Engine).
         nodes: Into how many nodes a simulation splits the users.
         round_timeout: Seconds to wait for replies; a round goes on with whoever answered.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    algorithm: Algorithm = "gradient"
     engine: Literal["in-process", "flower"] = "in-process"
     nodes: Count = 2
     round_timeout: Positive = 600.0
+
+
+class AmhtConfig(Fitting):
+    """AMHT-LRS (arXiv:2210.03505), where `training.algorithm` asks for it.
+
+    Attributes:
+        initialization: Where U starts: from a released moment of the data, which is the first of the run's
+            releases, or "random", which costs none.
+        sample_splitting: Every round uses another part of each user's examples, as the analysis assumes.
+    """
+
+    initialization: Moment | Literal["random"] = "pair-moments"
+    sample_splitting: bool = False
+
+    @property
+    def fitting(self) -> Fitting:
+        """How a user is fitted."""
+        return Fitting(**{name: getattr(self, name) for name in Fitting.model_fields})
 
 
 class PrivacyConfig(_Section):
@@ -291,6 +314,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    amht: AmhtConfig = AmhtConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     run: RunConfig = RunConfig()
 

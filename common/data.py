@@ -219,6 +219,18 @@ def take_examples(population: Population, mask: npt.NDArray[np.bool_]) -> Popula
     return _take(population, np.flatnonzero(mask), population.users, kept_before[population.offsets])
 
 
+def fold(population: Population, index: int, folds: int) -> Population:
+    """Part `index` of each user's examples, dealt in turn into `folds` parts; all users are kept.
+
+    Raises:
+        ValueError: If not 0 <= index < folds.
+    """
+    if not 0 <= index < folds:
+        raise ValueError(f"Expected 0 <= index < folds, got index={index}, folds={folds}.")
+    place = np.arange(population.num_examples) - np.repeat(population.offsets[:-1], population.counts)
+    return population if folds == 1 else take_examples(population, place % folds == index)
+
+
 def select(population: Population, user_indices: IntArray | Sequence[int]) -> Population:
     """The users at `user_indices`, in that order; a contiguous range of them copies nothing."""
     indices = np.asarray(user_indices, dtype=np.int64)

@@ -69,6 +69,7 @@ REFUSALS: Mapping[str, str] = MappingProxyType(
         "policy_noise": "The release has less noise than this node accepts.",
         "policy_clipping": "The clipping norm is outside the bounds of this node.",
         "policy_shape": "The computation, or the layout of its contribution, is not one this node accepts.",
+        "policy_work": "The contribution would be made of something that this node does not give.",
         "policy_not_private": "The noise is absent or seeded, which this node accepts in simulations only.",
         "policy_users": "The node hosts more users than its policy allows in one sum.",
         "deadline": "The deadline has passed or is too far away.",

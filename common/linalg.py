@@ -4,6 +4,7 @@ All are batched: the leading axis is the user, and a row's result is the same bi
 because each product is a matrix product of that user's own and everything else is elementwise.
 """
 
+import math
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -37,6 +38,37 @@ def trace(A: Array) -> Array:
     """`n` traces of square matrices `A` (`n x p x p`)."""
     xp = array_namespace(A)
     return xp.linalg.trace(A)
+
+
+def svec(A: Array) -> Array:
+    """`n x p(p+1)/2`, symmetric matrices (`n x p x p`) as vectors of the same length: |svec(A)| = |A|_F.
+
+    The upper triangle row by row, off-diagonals times sqrt(2).
+    """
+    xp = array_namespace(A)
+    p = A.shape[-1]
+    row, column, factor = triangle(p, like=A)
+    return xp.take(xp.reshape(A, (A.shape[0], p * p)), row * p + column, axis=1) * factor
+
+
+def unsvec(v: Array, p: int) -> Array:
+    """`n x p x p`, the symmetric matrices of `v` (`n x p(p+1)/2`): the inverse of `svec`."""
+    xp = array_namespace(v)
+    _, _, factor = triangle(p, like=v)
+    i, j = xp.arange(p, device=v.device)[:, None], xp.arange(p, device=v.device)[None, :]
+    low, high = xp.minimum(i, j), xp.maximum(i, j)
+    # row i of the upper triangle starts after i rows of p, p - 1, ... entries
+    place = low * p - low * (low - 1) // 2 + high - low
+    return xp.reshape(xp.take(v / factor, xp.reshape(place, (-1,)), axis=1), (v.shape[0], p, p))
+
+
+def triangle(p: int, *, like: Array) -> tuple[Array, Array, Array]:
+    """Row, column (integers) and factor (1 or sqrt(2)) of each coordinate of `svec`, in the library of `like`."""
+    xp = array_namespace(like)
+    ones = xp.ones((p, p), dtype=xp.bool, device=like.device)
+    row, column = xp.nonzero(xp.triu(ones))
+    root = xp.full(row.shape, math.sqrt(2), dtype=like.dtype, device=like.device)
+    return row, column, xp.where(row == column, xp.ones_like(root), root)
 
 
 def inverse_positive(A: Array) -> Array:

@@ -26,13 +26,21 @@ class Viewpoint:
     means: str
 
 
-def who_sees_what(users_per_node: int | None, *, is_private: bool) -> tuple[Viewpoint, ...]:
+def who_sees_what(users_per_node: int | None, *, is_private: bool, statistics: bool = False) -> tuple[Viewpoint, ...]:
     """The table "who sees what".
 
     Args:
         users_per_node: The most users that one node of the registry hosts; None where there is no registry yet.
         is_private: Whether the ledger's releases promise anything.
+        statistics: Whether rounds asked for the statistics of AMHT-LRS.
     """
+    second_moments = (
+        " This ledger has rounds of AMHT-LRS, whose statistics hold more: from a node with one user the server could "
+        "also compute X'X, the second moments of that user's features: which features the examples have, and how "
+        "often together."
+        if statistics
+        else ""
+    )
     return (
         Viewpoint(
             who="Anyone who reads the release",
@@ -45,7 +53,7 @@ def who_sees_what(users_per_node: int | None, *, is_private: bool) -> tuple[View
             who="The server that adds the noise",
             sees="Each node's clipped sum before the noise. From a node with one user it could compute that user's "
             "personal weights, and which entries of the personal sparse part are not zero, almost exactly; "
-            f"from a node with many users it sees only their sum.{_largest_node(users_per_node)}",
+            f"from a node with many users it sees only their sum.{second_moments}{_largest_node(users_per_node)}",
             means="Trusted not to look or keep: this is what central trust means.",
         ),
         Viewpoint(

@@ -25,7 +25,9 @@ Array = Any
 GRID_SCALES = (2**16, 2**20, 2**30)
 """K of private releases up to 1e5 coordinates, above, and of runs without noise."""
 SCALARS = ("clip_bit", "presence", "reliability", "residual_score", "b_score")
-"""The scalars of a contribution, each bounded to [-1/2, 1/2] by construction; zeros from an absent user."""
+"""The scalars of a gradient, each bounded to [-1/2, 1/2] by construction; zeros from an absent user."""
+FEW_SCALARS = SCALARS[:2]
+"""The scalars that go with a second moment or with statistics."""
 _MOST_COORDINATES_OF_FIRST_SCALE = 100_000
 _SHRINK = 1 - 2.0**-40
 _FLOAT_EXACT_RADIUS = 2**26
@@ -38,7 +40,7 @@ class Group:
     """A block of coordinates with a unit ball of its own.
 
     Attributes:
-        name: `model` or `scalars`.
+        name: As `group_sizes` has it.
         size: Number of coordinates.
         share: s_g, the radius of the group's ball within the whole unit ball.
     """
@@ -93,6 +95,30 @@ class Layout:
     def norm_limit(self) -> int:
         """K^2, the largest squared norm of one user's integers."""
         return self.grid_scale**2
+
+
+def group_sizes(work: str, dimension: int, rank: int) -> dict[str, int]:
+    """Names and sizes of a contribution's groups, in order; server and nodes go by the same rule.
+
+    Args:
+        work: Of `common.task.Work`.
+        dimension: Number of features d.
+        rank: Columns r of U.
+    """
+    if work == "moment":
+        return {"moment": dimension * (dimension + 1) // 2, "scalars": len(FEW_SCALARS)}
+    if work == "statistics":
+        entries = dimension * rank
+        return {"A": entries * (entries + 1) // 2, "V": entries, "scalars": len(FEW_SCALARS)}
+    return {"model": dimension * (rank + 1), "scalars": len(SCALARS)}
+
+
+def cross_norm(clipping_norm: float, dimension: int) -> float:
+    """The clipping norm of V = X'(y - X b) w' where that of A = w w' (x) X'X is `clipping_norm`: C / sqrt(d).
+
+    With |y - X b| about |X U w|, |V| is about m |w|^2 where |A| is about m sqrt(d) |w|^2.
+    """
+    return clipping_norm / math.sqrt(dimension)
 
 
 def grid_scale_for(size: int, *, private: bool) -> int:

@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours no one would choose, each standing for a variable of the page's style sheet.
-_INK, _MUTED, _RULE, _ACCENT, _TINT, _WARN = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule", _ACCENT: "accent", _TINT: "tint", _WARN: "warn"}
-_SETTINGS: Any = {
+INK, MUTED, RULE, ACCENT, TINT, WARN = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", TINT: "tint", WARN: "warn"}
+SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched, and takes the page's font
     "svg.hashsalt": "umbel",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "text.parse_math": False,
     "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
-    "axes.titlecolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
 }
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _FONT = "font-family: 'DejaVu Sans', sans-serif"
@@ -74,13 +74,13 @@ def epsilon_plot(
     """
     import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
 
-    with mpl.rc_context(_SETTINGS):
-        figure, axes = _figure(_CURVE_WIDTH, 2.2)
+    with mpl.rc_context(SETTINGS):
+        figure, axes = blank_figure(_CURVE_WIDTH, 2.2)
         numbers, epsilons = [0, *(n for n, _ in points)], [0.0, *(epsilon for _, epsilon in points)]
         axes.plot(
             numbers,
             epsilons,
-            color=_ACCENT,
+            color=ACCENT,
             linewidth=1.6,
             marker="o" if len(points) <= _MOST_MARKERS else None,
             markersize=4,
@@ -90,21 +90,21 @@ def epsilon_plot(
         top = max(epsilons)
         if budget < float("inf"):
             top = max(top, budget)
-            axes.axhline(budget, color=_WARN, linewidth=1.2, linestyle=(0, (5, 3)))
-            axes.annotate("budget", (0, budget), (4, -4), textcoords="offset points", va="top", color=_WARN)
+            axes.axhline(budget, color=WARN, linewidth=1.2, linestyle=(0, (5, 3)))
+            axes.annotate("budget", (0, budget), (4, -4), textcoords="offset points", va="top", color=WARN)
         if 1 < len(run_starts) <= _MOST_RUNS:
             for start, run in run_starts.items():
                 name = run if len(run) <= _LONGEST_NAME else f"{run[: _LONGEST_NAME - 1]}…"
-                axes.axvline(start - 0.5, color=_RULE, linewidth=0.8, zorder=1)
-                axes.annotate(name, (start - 0.5, 0), (4, 4), textcoords="offset points", color=_MUTED, size=8)
+                axes.axvline(start - 0.5, color=RULE, linewidth=0.8, zorder=1)
+                axes.annotate(name, (start - 0.5, 0), (4, 4), textcoords="offset points", color=MUTED, size=8)
         axes.set_xlim(0, max(numbers) or 1)
         axes.set_ylim(0, (top or 1) * 1.06)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.grid(True, color=_RULE, linewidth=0.6)
+        axes.yaxis.grid(True, color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlabel("charged rounds of the ledger")
         axes.set_ylabel("epsilon spent")
-        return _svg(figure, "epsilon", description)
+        return inline_svg(figure, "epsilon", description)
 
 
 def error_plots(
@@ -125,36 +125,36 @@ def error_plots(
     import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
 
     limits = _limits([error for row in rows for group in groups if (error := row.errors.get(group)) is not None])
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         drawings = []
         for number, (group, title) in enumerate(groups.items()):
-            figure, panel = _figure(_PANEL_WIDTH, 0.65 + 0.24 * len(rows))
+            figure, panel = blank_figure(_PANEL_WIDTH, 0.65 + 0.24 * len(rows))
             _error_panel(panel, rows, group, title)
             panel.set_xlim(*limits)
             if number == 0 and standard_error is not None:
                 _draw_standard_error(panel, rows, group, standard_error)
-            drawings.append(_svg(figure, f"errors{number}", descriptions[group]))
+            drawings.append(inline_svg(figure, f"errors{number}", descriptions[group]))
         return tuple(drawings)
 
 
 def _error_panel(panel: "Axes", rows: Sequence[ErrorRow], group: str, title: str) -> None:
     panel.set_title(title, size=10, pad=6)
     panel.set_ylim(len(rows) - 0.5, -0.5)
-    panel.yaxis.grid(True, color=_RULE, linewidth=0.6)
+    panel.yaxis.grid(True, color=RULE, linewidth=0.6)
     panel.set_axisbelow(True)
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
     panel.locator_params(axis="x", nbins=4)
     panel.set_yticks(range(len(rows)), [row.label for row in rows])
     for label, row in zip(panel.get_yticklabels(), rows, strict=True):
-        label.set_color(_ACCENT if row.is_ours else _INK)
+        label.set_color(ACCENT if row.is_ours else INK)
     for position, row in enumerate(rows):
         error = row.errors.get(group)
         if error is None:
             continue
         if row.is_ours:
-            panel.axvline(error, color=_ACCENT, linewidth=0.8, alpha=0.6, zorder=1)
-        marker, color, size = ("D", _ACCENT, 6.5) if row.is_ours else ("o", _INK, 5)
+            panel.axvline(error, color=ACCENT, linewidth=0.8, alpha=0.6, zorder=1)
+        marker, color, size = ("D", ACCENT, 6.5) if row.is_ours else ("o", INK, 5)
         panel.plot(error, position, marker, color=color, markersize=size, clip_on=False, zorder=5)
 
 
@@ -162,8 +162,8 @@ def _draw_standard_error(panel: "Axes", rows: Sequence[ErrorRow], group: str, st
     for position, row in enumerate(rows):
         error = row.errors.get(group)
         if row.is_ours and error is not None:
-            panel.axvspan(error - standard_error, error + standard_error, color=_TINT, linewidth=0, zorder=0)
-            panel.errorbar(error, position, xerr=standard_error, color=_ACCENT, capsize=3, linewidth=1.4, zorder=4)
+            panel.axvspan(error - standard_error, error + standard_error, color=TINT, linewidth=0, zorder=0)
+            panel.errorbar(error, position, xerr=standard_error, color=ACCENT, capsize=3, linewidth=1.4, zorder=4)
 
 
 def _limits(errors: Sequence[float]) -> tuple[float, float]:
@@ -173,7 +173,7 @@ def _limits(errors: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _figure(width: float, height: float) -> Any:
+def blank_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # noqa: PLC0415 (as above)
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -183,7 +183,7 @@ def _figure(width: float, height: float) -> Any:
     return figure, panel
 
 
-def _svg(figure: "Figure", name: str, description: str) -> str:
+def inline_svg(figure: "Figure", name: str, description: str) -> str:
     """The drawing without what only a file of its own needs, in the page's colours and font."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA)

@@ -330,7 +330,11 @@ def _report(
         runs=dict(checked.runs),
         rounds=rounds,
         model=model,
-        who_sees_what=who_sees_what(registry.get("users_per_node"), is_private=not reasons),
+        who_sees_what=who_sees_what(
+            registry.get("users_per_node"),
+            is_private=not reasons,
+            statistics=any("A" in facts.shares for facts in rounds),
+        ),
         unprotected=UNPROTECTED,
         signature_limits=SIGNATURE_LIMITS,
         tuning=tuning_note(len(checked.runs), len(rounds)),

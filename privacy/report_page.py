@@ -24,6 +24,7 @@ METHODS = {
     "alone": "each user alone",
     "ridge_around_global": "ridge around global",
     "low_rank": "low rank only",
+    "gradient": "the default algorithm",
     "non_private": "without privacy",
 }
 """What is compared, in the words of the terminal."""

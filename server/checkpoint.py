@@ -2,13 +2,19 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from common.data import DataSchema
 from common.files import make_folder, pack, storing, unpack, write_durably
 from common.model import SharedModel
+from server.algorithms import State
 from server.rounds import ServerState
+from server.statistics import StatisticsState
 
 _KEPT = 2
+_STATES: dict[str, type[State]] = {"gradient": ServerState, "statistics": StatisticsState}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +28,7 @@ class Checkpoint:
         ledger_head: The ledger's head there, hex.
     """
 
-    state: ServerState
+    state: State
     sequence: int = -1
     ledger_sequence: int = -1
     ledger_head: str = ""
@@ -36,18 +42,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """
     make_folder(folder)
     state, sequence = checkpoint.state, checkpoint.sequence
-    arrays = {
-        "beta": state.model.beta,
-        "U": state.model.U,
-        "velocity": state.velocity,
-        "inverse_moment": state.inverse_moment,
-    }
-    facts = {
-        field.name: getattr(state, field.name)
-        for field in fields(state)
-        if field.name not in {"model", "velocity", "inverse_moment"}
-    }
+    values = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "model"}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    facts = {name: value for name, value in values.items() if name not in arrays}
+    arrays |= {"beta": state.model.beta, "U": state.model.U}
     facts |= {
+        "kind": next(kind for kind, known in _STATES.items() if isinstance(state, known)),
         "sequence": sequence,
         "ledger_sequence": checkpoint.ledger_sequence,
         "ledger_head": checkpoint.ledger_head,
@@ -71,14 +71,15 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         return None
     arrays, facts = unpack(files[-1])
     model = SharedModel(
-        beta=arrays["beta"],
-        U=arrays["U"],
+        beta=arrays.pop("beta"),
+        U=arrays.pop("U"),
         b_variance=facts.pop("b_variance"),
         noise_variance=facts.pop("noise_variance"),
     )
     sequence, ledger_sequence = int(facts.pop("sequence")), int(facts.pop("ledger_sequence"))
     ledger_head = str(facts.pop("ledger_head"))
-    state = ServerState(model=model, velocity=arrays["velocity"], inverse_moment=arrays["inverse_moment"], **facts)
+    values: dict[str, Any] = {"model": model, **arrays, **facts}
+    state = _STATES[values.pop("kind")](**values)
     return Checkpoint(state=state, sequence=sequence, ledger_sequence=ledger_sequence, ledger_head=ledger_head)
 
 

@@ -20,21 +20,19 @@ from common.errors import BudgetExhausted, UmbelError, VerificationError
 from common.files import append_line, clear_leftovers, cut_torn_line, make_folder, pack, unpack, write_durably
 from common.model import IntArray
 from common.records import Broadcast
+from common.task import Task
 from privacy.entropy import NoiseSource, NoNoise, SeededNoise, SystemNoise
-from privacy.layout import (
-    groups_of_event,
-    layout_of_event,
-)
+from privacy.layout import Layout, groups_of_event
 from privacy.ledger import PrivacyLedger, Reservation
 from privacy.mechanism import check_capacity, release
 from privacy.participation import is_noiseless
 from privacy.promise import reasons_against
+from server.algorithms import State, algorithm_of, largest_layout
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
-from server.initialization import initial_model, prior_noise_variance, regularized_moment, tie_breaker
+from server.initialization import tie_breaker
 from server.layout import contribution_layout
 from server.registry import Registry
 from server.replies import Answer, Replies, check_refusals, identity_in
-from server.rounds import ServerState, apply_round, initial_state, public_metric
 from server.settings import RunSettings
 
 ROUNDS_LOG = logging.getLogger("umbel.rounds")
@@ -63,7 +61,7 @@ def train(
     registry: Registry,
     nodes: Nodes,
     sign: Callable[[bytes], bytes],
-) -> ServerState:
+) -> State:
     """Run, or go on with, all rounds of a run, then let the devices fold in the final model.
 
     Args:
@@ -110,17 +108,17 @@ class _Loop:
         self.registry = registry
         self.nodes = nodes
         self.sign = sign
-        self.layout = contribution_layout(
-            settings.schema.dimension,
-            settings.config.model.rank,
-            private=not is_noiseless(settings.noise_multiplier),
-        )
+        self.algorithm = algorithm_of(settings.config)
+        self.private = not is_noiseless(settings.noise_multiplier)
         self.acknowledged: dict[int, int] = {}
-        check_capacity(registry.population_size, self.layout.grid_scale)
+        largest = largest_layout(settings.config, settings.schema.dimension, private=self.private)
+        check_capacity(registry.population_size, largest.grid_scale)
         make_folder(settings.folder.rounds)
         make_folder(settings.folder.evaluation, mode=0o700)
         self.users = self._identify()
-        found = load_checkpoint(settings.folder.checkpoints) or Checkpoint(state=_first_state(settings))
+        rng = tie_breaker(settings.run, settings.config.privacy.seed)
+        first = Checkpoint(state=self.algorithm.first_state(settings.schema, rng))
+        found = load_checkpoint(settings.folder.checkpoints) or first
         self.state, self.sequence = found.state, found.sequence
         self._check_history(found)
         self._start()
@@ -198,15 +196,19 @@ class _Loop:
         started = time.perf_counter()
         settings = self.settings
         node_ids = self._invited()
-        event = self._event()
+        task = self.algorithm.task(self.state)
+        layout = contribution_layout(
+            settings.schema.dimension, settings.config.model.rank, private=self.private, work=task.work
+        )
+        event = self._event(task, layout)
         server_round = 1 + len(self.ledger.rounds_of(settings.run))
         reservation = self.ledger.reserve(
             settings.run, server_round, event, sum(self.users[node_id] for node_id in node_ids)
         )
-        payload = self._broadcast("train", server_round, node_ids, reservation)
+        payload = self._broadcast("train", task, server_round, node_ids, reservation)
         answers = self._answers(node_ids, "train.contribute", payload)
         replies = Replies(
-            ledger_id=self.ledger.ledger_id, sequence=reservation.sequence, users=self.users, layout=self.layout
+            ledger_id=self.ledger.ledger_id, sequence=reservation.sequence, users=self.users, layout=layout
         )
         totals = replies.totals(answers)
         first = next(totals, None)
@@ -215,9 +217,9 @@ class _Loop:
         else:
             noised = release(
                 chain([first], totals),
-                size=self.layout.size,
+                size=layout.size,
                 noise_multiplier=settings.noise_multiplier,
-                grid_scale=self.layout.grid_scale,
+                grid_scale=layout.grid_scale,
                 source=_noise(settings, reservation.sequence),
             )
             sequence = reservation.sequence
@@ -235,6 +237,7 @@ class _Loop:
             "run": settings.run,
             "ledger_id": self.ledger.ledger_id,
             "ledger_head": self.ledger.head.hex(),
+            "algorithm": settings.config.training.algorithm,
             "family": settings.config.model.family,
             "sparsity": settings.config.model.sparsity,
             "feature_names": list(settings.schema.feature_names),
@@ -244,7 +247,7 @@ class _Loop:
         save_model(folder.model, self.state.model, facts)
         self.ledger.copy_to(folder.ledger_copy)
         node_ids = self._invited()
-        payload = self._broadcast("fold_in", 0, node_ids, None)
+        payload = self._broadcast("fold_in", self.algorithm.personal_task, 0, node_ids, None)
         refused = [a.code for a in self._answers(node_ids, "train.fold_in", payload) if a.code is not None]
         ROUNDS_LOG.info("fold_in", extra={"fold_in": {"nodes": len(node_ids), "refused": refused}})
         if len(refused) == len(node_ids):
@@ -291,25 +294,24 @@ class _Loop:
         """All nodes of the registry: who is invited never depends on contributions."""
         return sorted(self.users)
 
-    def _event(self) -> dict[str, Any]:
+    def _event(self, task: Task, layout: Layout) -> dict[str, Any]:
         noise = _noise(self.settings, 0)
         return {
             "mechanism": "gaussian",
             "noise_multiplier": self.settings.noise_multiplier,
             "clipping_norm": decimal_string(self.state.clipping_norm),
-            "grid_scale": self.layout.grid_scale,
-            "groups": groups_of_event(self.layout),
+            "grid_scale": layout.grid_scale,
+            "groups": groups_of_event(layout),
             "denominator": sum(self.users.values()),
             "noise": noise.name,
             "sampling": "none",
-            "initialization": False,
+            "initialization": task.work == "moment",
         }
 
     def _broadcast(
-        self, purpose: str, server_round: int, node_ids: list[int], reservation: Reservation | None
+        self, purpose: str, task: Task, server_round: int, node_ids: list[int], reservation: Reservation | None
     ) -> bytes:
         since = min((self.acknowledged.get(node_id, -1) for node_id in node_ids), default=-1)
-        model = self.settings.config.model
         return Broadcast(
             ledger_id=self.ledger.ledger_id,
             run=self.settings.run,
@@ -319,9 +321,9 @@ class _Loop:
             digests_from=since + 1,
             digests=self.ledger.digests_since(since),
             deadline=int(time.time() + self.settings.config.training.round_timeout) + 1,
-            task={"family": model.family, "sparsity": model.sparsity},
+            task=task.encode(),
             model=self.state.model,
-            metric=public_metric(self.state, model.family),
+            metric=self.algorithm.metric(self.state),
         ).encode()
 
     def _answers(self, node_ids: list[int], action: str, payload: bytes) -> Iterator[Answer]:
@@ -340,18 +342,7 @@ class _Loop:
         self.ledger.commit(sequence, sha256(data).hexdigest())
 
     def _apply(self, noised: IntArray, sequence: int, event: Any) -> None:
-        config = self.settings.config
-        self.state = apply_round(
-            self.state,
-            noised,
-            layout=layout_of_event(event),
-            clipping_norm=float(event["clipping_norm"]),
-            noise_multiplier=float(event["noise_multiplier"]),
-            denominator=int(event["denominator"]),
-            adapt_clipping=config.privacy.clipping == "adaptive",
-            family=config.model.family,
-            sparsity=config.model.sparsity,
-        )
+        self.state = self.algorithm.step(self.state, noised, event)
         self.sequence = sequence
         save_checkpoint(
             self.settings.folder.checkpoints,
@@ -389,15 +380,6 @@ class _Loop:
 def decimal_string(value: float) -> str:
     """A positive float as a plain decimal string that reads back as the same number to 12 digits or better."""
     return np.format_float_positional(value, precision=_SIGNIFICANT_DIGITS, fractional=False, trim="-")
-
-
-def _first_state(settings: RunSettings) -> ServerState:
-    config, schema = settings.config, settings.schema
-    rng = tie_breaker(settings.run, config.privacy.seed)
-    noise_variance = prior_noise_variance(schema.target_range, config.model.family)
-    model = initial_model(schema.feature_second_moment, config.model.rank, noise_variance, rng)
-    clipping_norm = None if config.privacy.clipping == "adaptive" else float(config.privacy.clipping)
-    return initial_state(model, regularized_moment(schema.feature_second_moment), clipping_norm)
 
 
 def _noise(settings: RunSettings, sequence: int) -> NoiseSource:

@@ -8,8 +8,12 @@ import numpy as np
 import torch
 
 from client.batches import Chunk, Design, cleaned, design_of
+from client.shard import Shard, total_contribution
+from client.work import contribution_to
 from common.data import DataSchema, DenseFeatures, Population, example_keys, row_hashes, text_hashes
-from common.model import SharedModel
+from common.model import IntArray, SharedModel
+from common.task import Task
+from privacy.layout import Layout
 from tests.reference import User
 
 Array = Any
@@ -105,3 +109,22 @@ def torch_model(model: SharedModel) -> SharedModel:
     """The same prior on torch tensors."""
     tensors: dict[str, Any] = {"beta": torch.from_numpy(model.beta.copy()), "U": torch.from_numpy(model.U.copy())}
     return replace(model, **tensors)
+
+
+def gradient_total(
+    shard: Shard,
+    model: SharedModel,
+    metric: Array,
+    *,
+    sparsity: int,
+    clipping_norm: float,
+    layout: Layout,
+    admitted: Array = None,
+) -> IntArray:
+    """What a node with these users sends in a round of the default algorithm."""
+    everybody = np.ones(shard.population.num_users, np.bool_)
+    task = Task(family=shard.family.name, sparsity=sparsity)
+    contribution = contribution_to(task, model, metric, clipping_norm=clipping_norm, layout=layout)
+    return total_contribution(
+        shard, contribution, size=layout.size, admitted=everybody if admitted is None else admitted
+    )

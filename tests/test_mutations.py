@@ -20,10 +20,12 @@ import client.contribution
 import client.service
 import client.shard
 import client.store
+import client.work
+import server.algorithms
 import server.replies
 import server.training
 from client.batches import Design
-from client.shard import Shard, total_contribution
+from client.shard import Shard
 from client.store import DeviceStore
 from common import wire
 from common.config import Config
@@ -48,7 +50,7 @@ from tests.federation import (
     run_real,
     zeros,
 )
-from tests.populations import draw_model, draw_users, population_of, schema_of
+from tests.populations import draw_model, draw_users, gradient_total, population_of, schema_of
 from tests.reference import User, squared_norm
 from umbel.inprocess import Fault
 
@@ -144,7 +146,7 @@ def scores(folder: Path, rounds: int, noise_multiplier: str, inside: bool) -> tu
 
 
 def total_of(shard: Shard, broadcast: Broadcast, run: Run) -> IntArray:
-    return total_contribution(
+    return gradient_total(
         shard,
         broadcast.model,
         broadcast.metric,
@@ -227,14 +229,14 @@ def check_dropouts_do_not_change_the_denominator(folder: Path) -> None:
 
 
 def realised_denominator(patch: pytest.MonkeyPatch) -> None:
-    real = server.training.apply_round
+    real = server.algorithms.apply_round
 
     def counting(state: Any, noised: IntArray, **options: Any) -> Any:
         presence = float(noised[D * (R + 1) + 1]) / (options["layout"].groups[1].share * options["layout"].grid_scale)
         answered = max(1, round(presence * math.sqrt(5)))
         return real(state, noised, **(options | {"denominator": answered}))
 
-    patch.setattr(server.training, "apply_round", counting)
+    patch.setattr(server.algorithms, "apply_round", counting)
 
 
 def check_the_clip_bit_is_centred(_: Path) -> None:
@@ -249,7 +251,7 @@ def check_the_clip_bit_is_centred(_: Path) -> None:
     def factor(clipping_norm: float, present: int) -> float:
         state = initial_state(model, regularized_moment(S), clipping_norm)
         shard = Shard(population_of([*users[:present], *[nobody] * (10 - present)]), schema_of(D), FAMILIES["squared"])
-        total = total_contribution(
+        total = gradient_total(
             shard, model, public_metric(state, "squared"), sparsity=0, clipping_norm=clipping_norm, layout=layout,
             admitted=np.ones(10, np.bool_),
         )  # fmt: skip
@@ -324,14 +326,14 @@ def check_a_failure_stays_with_its_user(_: Path) -> None:
 
     def total(people: list[User]) -> IntArray:
         shard = Shard(population_of(people), schema_of(D), FAMILIES["squared"])
-        return total_contribution(
+        return gradient_total(
             shard, model, public_metric(state, "squared"), sparsity=0, clipping_norm=2.0, layout=layout,
             admitted=np.ones(len(people), np.bool_),
         )  # fmt: skip
 
     expected = total([*users[:2], *users[3:]])
     marked = [*users[:2], replace(users[2], y=np.full(3, MARK)), *users[3:]]
-    real = client.shard.contribute
+    real = client.work.contribute
 
     def raising(batch: Any, *arguments: Any, **options: Any) -> Any:
         if isinstance(batch, Design) and (batch.y == MARK).any():
@@ -339,7 +341,7 @@ def check_a_failure_stays_with_its_user(_: Path) -> None:
         return real(batch, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.shard, "contribute", raising)
+        patch.setattr(client.work, "contribute", raising)
         assert np.array_equal(total(marked), expected)
     assert expected.any()
 

@@ -8,24 +8,36 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from client import work
 from client.batches import Batch, Design
-from client.personalize import personalize
 from client.shard import Shard, total_contribution
+from client.work import contribution_to, shard_for
 from common.data import DataSchema, Population, partition, split
 from common.families import Family
 from common.linalg import apply, transpose
 from common.model import Array, IntArray, SharedModel
+from common.task import Task
 from privacy.clipping import may_adapt, next_clipping_norm
 from privacy.entropy import NoiseSource
-from privacy.layout import Group, Layout, clip_to_ball, grid_scale_for, scalars_to_ball, split_groups, to_grid
+from privacy.layout import (
+    Group,
+    Layout,
+    clip_to_ball,
+    grid_scale_for,
+    groups_of_event,
+    scalars_to_ball,
+    split_groups,
+    to_grid,
+)
 from privacy.mechanism import release
-from server.initialization import initial_model, prior_noise_variance, regularized_moment
+from server.algorithms import Algorithm, Gradient
+from server.initialization import regularized_moment
 from server.layout import contribution_layout
-from server.rounds import CLIPPING_BOUNDS, ServerState, apply_round, initial_state, public_metric
+from server.rounds import CLIPPING_BOUNDS
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 50.0, 100.0)
 """Ridge penalties tried on the validation part."""
@@ -92,9 +104,9 @@ class Users:
         return result
 
 
-def users_of(population: Population, schema: DataSchema, family: Family) -> Users:
-    """Cut a population into one shard a core."""
-    count = min(os.cpu_count() or 1, population.num_users)
+def users_of(population: Population, schema: DataSchema, family: Family, *, shards: int | None = None) -> Users:
+    """Cut a population into so many shards, by default one a core."""
+    count = min(shards or os.cpu_count() or 1, population.num_users)
     parts = [partition(population, count, index) for index in range(count)]
     sizes = np.cumsum([0, *(part.num_users for part in parts)])
     return Users(
@@ -107,7 +119,7 @@ def users_of(population: Population, schema: DataSchema, family: Family) -> User
 def train_model(
     users: Users, *, rank: int, sparsity: int, mechanism: Mechanism, rng: np.random.Generator
 ) -> SharedModel:
-    """The same training as `server.training`, without messages, ledger and devices.
+    """The default algorithm with adaptive clipping, see `learn`.
 
     Args:
         users: Who trains.
@@ -116,45 +128,62 @@ def train_model(
         mechanism: Noise and rounds.
         rng: Breaks ties in the initial U.
     """
-    shard = users.shards[0]
-    schema, family = shard.schema, shard.family
-    moment = schema.feature_second_moment
-    start = initial_model(moment, rank, prior_noise_variance(schema.target_range, family.name), rng)
-    state = initial_state(start, regularized_moment(moment), None)
-    layout = contribution_layout(schema.dimension, rank, private=mechanism.z > 0)
-    for _ in range(mechanism.rounds):
-        metric = public_metric(state, family.name)
+    family = users.shards[0].family.name
+    algorithm = Gradient(family=family, rank=rank, sparsity=sparsity, clipping_norm=None)
+    return learn(users, algorithm, mechanism=mechanism, rng=rng)
 
-        def node_total(part: Shard, state: ServerState = state, metric: Array = metric) -> IntArray:
+
+def learn(users: Users, algorithm: Algorithm, *, mechanism: Mechanism, rng: np.random.Generator) -> SharedModel:
+    """The same training as `server.training`, without messages, ledger and devices.
+
+    Args:
+        users: Who trains.
+        algorithm: How.
+        mechanism: Noise and rounds.
+        rng: Whatever is random at the start.
+    """
+    schema = users.shards[0].schema
+    state = algorithm.first_state(schema, rng)
+    for _ in range(mechanism.rounds):
+        task, rank = algorithm.task(state), state.model.rank
+        layout = contribution_layout(schema.dimension, rank, private=mechanism.z > 0, work=task.work)
+        contribution = contribution_to(
+            task, state.model, algorithm.metric(state), clipping_norm=state.clipping_norm, layout=layout
+        )
+
+        def node_total(
+            part: Shard,
+            contribution: Callable[[Batch], IntArray] = contribution,
+            size: int = layout.size,
+            task: Task = task,
+            rank: int = rank,
+        ) -> IntArray:
+            part = part if task.work == "gradient" else shard_for(task, part.population, part.schema, rank)
             return total_contribution(
-                part,
-                state.model,
-                metric,
-                sparsity=sparsity,
-                clipping_norm=state.clipping_norm,
-                layout=layout,
-                admitted=np.ones(part.population.num_users, np.bool_),
+                part, contribution, size=size, admitted=np.ones(part.population.num_users, np.bool_)
             )
 
         noised = _release(users.map(node_total), layout, mechanism)
-        state = apply_round(
-            state,
-            noised,
-            layout=layout,
-            clipping_norm=state.clipping_norm,
-            noise_multiplier=mechanism.z,
-            denominator=users.num_users,
-            adapt_clipping=True,
-            family=family.name,
-            sparsity=sparsity,
-        )
+        event = {
+            "groups": groups_of_event(layout),
+            "grid_scale": layout.grid_scale,
+            "clipping_norm": state.clipping_norm,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "denominator": users.num_users,
+            "initialization": task.work == "moment",
+        }
+        state = algorithm.step(state, noised, event)
     return state.model
 
 
 def personal_theta(users: Users, model: SharedModel, sparsity: int) -> Array:
-    """`n x d`, every user's parameters under a released model."""
-    family = users.shards[0].family
-    return users.theta(lambda batch: personalize(batch, model, family=family, sparsity=sparsity).theta)
+    """`n x d`, every user's parameters under a released model of the default algorithm."""
+    return theta_under(users, Task(family=users.shards[0].family.name, sparsity=sparsity), model)
+
+
+def theta_under(users: Users, task: Task, model: SharedModel) -> Array:
+    """`n x d`, every user's parameters under a released model, personalized as `task` says."""
+    return users.theta(work.personal_theta(task, model))
 
 
 def private_global(users: Users, mechanism: Mechanism) -> Array:
@@ -164,42 +193,114 @@ def private_global(users: Users, mechanism: Mechanism) -> Array:
     the features, with the clipping, grid, noise, step sizes and momentum that umbel itself uses.
     """
     shard = users.shards[0]
-    family, schema = shard.family, shard.schema
-    d = schema.dimension
-    layout = Layout(
-        groups=(
-            Group(name="model", size=d, share=math.sqrt(1 - _BIT_SHARE**2) - 1e-9),
-            Group(name="scalars", size=1, share=_BIT_SHARE),
-        ),
-        grid_scale=grid_scale_for(d, private=mechanism.z > 0),
-    )
-    metric = np.linalg.cholesky(np.linalg.inv(regularized_moment(schema.feature_second_moment)))
-    if family.name == "logistic":
-        metric = 2 * metric  # the curvature is at most a quarter
-    beta, velocity, elapsed, clipping_norm = np.zeros(d), np.zeros(d), 0.0, 0.5 * math.sqrt(d)
+    family, d = shard.family, shard.schema.dimension
+    metric = feature_metric(users)
+    beta, momentum, clipping_norm = np.zeros(d), Momentum(velocity=np.zeros(d)), 0.5 * math.sqrt(d)
     for _ in range(mechanism.rounds):
 
-        def node_total(part: Shard, beta: Array = beta, clipping_norm: float = clipping_norm) -> IntArray:
-            total = np.zeros(layout.size, np.int64)
-            for _, batch in part.batches():
-                gradient = _loss_gradient(batch, beta, family) / np.maximum(batch.count, 1)[:, None]
-                unit, within = clip_to_ball(gradient @ metric, clipping_norm)
-                bit = scalars_to_ball((within.astype(np.float64) - 0.5)[:, None])
-                grid = to_grid((unit, bit), layout)
-                total += (batch.count > 0) @ grid
-            return total
+        def gradient(batch: Batch, beta: Array = beta) -> Array:
+            mean_gradient = loss_gradient(batch, beta, family) / np.maximum(batch.count, 1)[:, None]
+            return np.asarray(mean_gradient @ metric)
 
-        mean, bit_mean = split_groups(_release(users.map(node_total), layout, mechanism), layout, users.num_users)
-        step_direction = clipping_norm * mean
-        energy = float((step_direction**2).sum())
-        noise_stddev = mechanism.z * clipping_norm / (layout.groups[0].share * users.num_users)
-        signal = max(0.0, 1 - d * noise_stddev**2 / energy) if energy > 0 else 0.0
-        elapsed += max(1 - signal, _LEAST_PROGRESS)
-        velocity = _MOMENTUM * signal * velocity + metric @ step_direction
-        beta = beta + velocity / (1 + _STEP_DECAY * elapsed)
-        if may_adapt(users.num_users, mechanism.z):
-            clipping_norm = next_clipping_norm(clipping_norm, float(bit_mean[0]) / 2, bounds=CLIPPING_BOUNDS)
+        mean = private_mean(users, gradient, size=d, clipping_norm=clipping_norm, mechanism=mechanism)
+        momentum = momentum.push(metric @ mean.value, mean.signal_share)
+        beta, clipping_norm = beta + momentum.step, mean.next_clipping_norm
     return beta
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrivateMean:
+    """A release of the mean over users of one vector each.
+
+    Attributes:
+        value: `p`, the noised mean of the clipped vectors, in the vectors' own units.
+        noise_stddev: Standard deviation of the noise in each coordinate of `value`.
+        next_clipping_norm: C to clip the next vectors to: it follows the median of their norms.
+    """
+
+    value: Array
+    noise_stddev: float
+    next_clipping_norm: float
+
+    @property
+    def signal_share(self) -> float:
+        """Share of the squared norm that the noise does not explain, in [0, 1]."""
+        energy = float((self.value**2).sum())
+        return max(0.0, 1 - self.value.size * self.noise_stddev**2 / energy) if energy > 0 else 0.0
+
+
+def private_mean(
+    users: Users, vectors: Callable[[Batch], Array], *, size: int, clipping_norm: float, mechanism: Mechanism
+) -> PrivateMean:
+    """One release: each user's vector clipped, beside it the clip bit, on the grid, summed, noised.
+
+    Args:
+        users: Who contributes; the denominator is all of them. Users without examples or finite numbers add zeros.
+        vectors: `n x size` vectors of a batch of n users, each a function of that user's data alone.
+        size: Their length.
+        clipping_norm: C, in the vectors' units.
+        mechanism: Noise of the release.
+    """
+    layout = Layout(
+        groups=(
+            Group(name="model", size=size, share=math.sqrt(1 - _BIT_SHARE**2) - 1e-9),
+            Group(name="scalars", size=1, share=_BIT_SHARE),
+        ),
+        grid_scale=grid_scale_for(size, private=mechanism.z > 0),
+    )
+
+    def node_total(part: Shard) -> IntArray:
+        total = np.zeros(layout.size, np.int64)
+        with np.errstate(all="ignore"):  # a user's overflow is that user's zeros
+            for _, batch in part.batches():
+                unit, within = clip_to_ball(vectors(batch), clipping_norm)
+                bit = scalars_to_ball((within.astype(np.float64) - 0.5)[:, None])
+                total += (batch.count > 0) @ to_grid((unit, bit), layout)
+        return total
+
+    mean, bit_mean = split_groups(_release(users.map(node_total), layout, mechanism), layout, users.num_users)
+    following = clipping_norm
+    if may_adapt(users.num_users, mechanism.z):
+        following = next_clipping_norm(clipping_norm, float(bit_mean[0]) / 2, bounds=CLIPPING_BOUNDS)
+    return PrivateMean(
+        value=clipping_norm * mean,
+        noise_stddev=mechanism.z * clipping_norm / (layout.groups[0].share * users.num_users),
+        next_clipping_norm=following,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Momentum:
+    """Step sizes and momentum of `server.rounds.apply_round`, for any vector.
+
+    Attributes:
+        velocity: Momentum, as far as there was signal.
+        elapsed: Noise-weighted number of steps; the step size is 1 / (1 + elapsed / 2).
+    """
+
+    velocity: Array
+    elapsed: float = 0.0
+
+    def push(self, direction: Array, signal: float) -> "Momentum":
+        """After a release that says `direction`, of which the share `signal` is no noise."""
+        return replace(
+            self,
+            velocity=_MOMENTUM * signal * self.velocity + direction,
+            elapsed=self.elapsed + max(1 - signal, _LEAST_PROGRESS),
+        )
+
+    @property
+    def step(self) -> Array:
+        """What to add to the parameters now."""
+        return np.asarray(self.velocity / (1 + _STEP_DECAY * self.elapsed))
+
+
+def feature_metric(users: Users) -> Array:
+    """`d x d` M with M M' the inverse of the public curvature: x'M has second moment about 1 in all directions."""
+    shard = users.shards[0]
+    metric = np.linalg.cholesky(np.linalg.inv(regularized_moment(shard.schema.feature_second_moment)))
+    # the curvature of the logistic loss is at most a quarter
+    return np.asarray(2 * metric if shard.family.name == "logistic" else metric)
 
 
 def ridge(users: Users, center: Array, penalty: float) -> Array:
@@ -214,7 +315,7 @@ def ridge(users: Users, center: Array, penalty: float) -> Array:
     def solve(batch: Batch) -> Array:
         theta = np.broadcast_to(center, (len(batch.count), d))
         for _ in range(1 if family.name == "squared" else _RIDGE_STEPS):
-            gradient = _loss_gradient(batch, theta, family) - penalty * (theta - center)
+            gradient = loss_gradient(batch, theta, family) - penalty * (theta - center)
             theta = (
                 theta + np.linalg.solve(_hessian(batch, theta, family) + penalty * eye, gradient[:, :, None])[:, :, 0]
             )
@@ -245,7 +346,7 @@ def _release(totals: list[IntArray], layout: Layout, mechanism: Mechanism) -> In
     )
 
 
-def _loss_gradient(batch: Batch, theta: Array, family: Family) -> Array:
+def loss_gradient(batch: Batch, theta: Array, family: Family) -> Array:
     """`n x d`, X'(y - mean), minus the gradient of the negative log likelihood at noise variance 1."""
     rows = np.broadcast_to(theta, (len(batch.count), theta.shape[-1]))
     if family.name == "squared":

@@ -207,6 +207,9 @@ def simulate(
     rank: Annotated[int | None, typer.Option(help="Columns of U.")] = None,
     sparsity: Annotated[int | None, typer.Option(help="Cap on the nonzeros of a user's own part.")] = None,
     rounds: Annotated[int | None, typer.Option(help="How many releases.")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="gradient, or amht-lrs: alternating minimization as published.")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="in-process or flower.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Into how many nodes the users are split.")] = None,
     epsilon: Annotated[str | None, typer.Option(help="Budget of the ledger, or none: NOT PRIVATE.")] = None,
@@ -247,6 +250,7 @@ def simulate(
             "model.rank": rank,
             "model.sparsity": sparsity,
             "training.rounds": rounds,
+            "training.algorithm": algorithm,
             "training.engine": engine,
             "training.nodes": nodes,
             "privacy.epsilon": epsilon,

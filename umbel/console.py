@@ -26,6 +26,7 @@ _BASELINES = {
     "alone": "each user alone",
     "ridge_around_global": "ridge around global",
     "low_rank": "low rank only",
+    "gradient": "the default algorithm",
     "non_private": "without privacy",
 }
 _REFERENCE = "non_private"

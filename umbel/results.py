@@ -13,21 +13,22 @@ from common.data import DataSchema
 from common.families import FAMILIES
 from common.model import SharedModel
 from privacy.entropy import NoiseSource, NoNoise, SystemNoise
+from server.algorithms import algorithm_of
 from server.initialization import tie_breaker
 from umbel.baselines import (
     Mechanism,
     Users,
     choose_penalty,
-    personal_theta,
+    learn,
     private_global,
     ridge,
-    train_model,
+    theta_under,
     users_of,
     validation_split,
 )
 from umbel.evaluate import HeldOut, held_out_error
 
-Progress = Any
+_STEPS = {"low_rank": "low rank only", "non_private": "without privacy", "gradient": "the default algorithm"}
 
 
 def evaluate(
@@ -53,9 +54,9 @@ def evaluate(
     def score(theta: np.ndarray[Any, Any]) -> HeldOut:
         return held_out_error(theta, test, train, family)
 
-    sparsity = min(config.model.sparsity, schema.dimension)
+    algorithm = algorithm_of(config)
     on_step("personal models")
-    ours = score(personal_theta(users, model, sparsity))
+    ours = score(theta_under(users, algorithm.personal_task, model))
     if not with_baselines:
         return ours, {}, {}
     fit, validation = validation_split(train, config.data.split_seed)
@@ -79,17 +80,28 @@ def evaluate(
     fit_center = private_global(fit_users, private)
     penalties["ridge_around_global"] = choose_penalty(fit_users, validation_error, fit_center)
     found["ridge_around_global"] = score(ridge(users, center, penalties["ridge_around_global"]))
-    rank = config.model.rank
-    for name, k, mechanism in (("low_rank", 0, private), ("non_private", sparsity, plain)):
-        on_step("low rank only" if name == "low_rank" else "without privacy")
-        trained = _trained(users, rank, k, mechanism, config)
-        found[name] = score(personal_theta(users, trained, k))
+    compared = {"low_rank": (_without_b(config), private), "non_private": (config, plain)}
+    if config.training.algorithm != "gradient":
+        compared["gradient"] = (_changed(config, "training", algorithm="gradient"), private)
+    for name, (changed, mechanism) in compared.items():
+        on_step(_STEPS[name])
+        found[name] = score(_theta_of(users, changed, mechanism))
     return ours, found, penalties
 
 
-def _trained(users: Users, rank: int, sparsity: int, mechanism: Mechanism, config: Config) -> SharedModel:
+def _theta_of(users: Users, config: Config, mechanism: Mechanism) -> np.ndarray[Any, Any]:
+    """`n x d`, every user's parameters after a training as configured."""
+    algorithm = algorithm_of(config)
     rng = tie_breaker(str(config.run.name), config.privacy.seed)
-    return train_model(users, rank=rank, sparsity=sparsity, mechanism=mechanism, rng=rng)
+    return theta_under(users, algorithm.personal_task, learn(users, algorithm, mechanism=mechanism, rng=rng))
+
+
+def _without_b(config: Config) -> Config:
+    return _changed(config, "model", sparsity=0)
+
+
+def _changed(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def _mechanisms(config: Config) -> tuple[Mechanism, Mechanism]:

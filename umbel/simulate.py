@@ -25,8 +25,8 @@ from privacy.mechanism import check_delta_fp, delta_fp
 from privacy.participation import is_noiseless, mu_max_string
 from privacy.promise import promise_of_ledger, reasons_against
 from privacy.report_page import write_reports
+from server.algorithms import largest_layout
 from server.checkpoint import load_model, save_schema
-from server.layout import contribution_layout
 from server.registry import registry_of
 from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
 from server.training import ROUNDS_LOG
@@ -151,7 +151,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
     noise_multiplier, mu_max = noise_and_limit(config, delta)
     budget = ledger_budget(config)
     if not is_noiseless(noise_multiplier):
-        size = contribution_layout(schema.dimension, config.model.rank, private=True).size
+        size = largest_layout(config, schema.dimension, private=True).size
         check_delta_fp(float(config.privacy.epsilon), delta, size, config.training.rounds)
         warn_of_noise(size, noise_multiplier, train.num_users, progress)
     ledger_path = Path(config.run.ledger).resolve() if config.run.ledger else root / "ledger.jsonl"
@@ -186,6 +186,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
         mu_max=genesis["mu_max"],
         max_users_per_node=config.privacy.max_users_per_node,
         allow_not_private=is_noiseless(noise_multiplier) or config.privacy.seed is not None,
+        allow_statistics=config.training.algorithm == "amht-lrs",
         family=config.model.family,
         data=resolved.data,
     )
@@ -214,6 +215,11 @@ def with_shape(config: Config, schema: DataSchema, progress: Progress) -> Config
             )
         progress.warn(f"model.{name}={value} by default is more than the {d} features there are: using {d}.")
         changes[name] = d
+    if config.training.algorithm == "amht-lrs" and config.model.family != "squared":
+        raise UmbelError(
+            "Expected model.family='squared' with training.algorithm='amht-lrs', "
+            f"got model.family='{config.model.family}'. Use --algorithm gradient."
+        )
     return config.model_copy(update={"model": config.model.model_copy(update=changes)}) if changes else config
 
 
@@ -387,7 +393,7 @@ def privacy_section(config: Config, schema: DataSchema) -> dict[str, Any]:
     delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
     epsilon = epsilon_of_mu(mu, delta) if math.isfinite(mu) else None
     private = not is_noiseless(str(config.run.noise_multiplier))
-    size = contribution_layout(schema.dimension, config.model.rank, private=private).size
+    size = largest_layout(config, schema.dimension, private=private).size
     reasons = reasons_against(events, genesis["mu_max"])
     return {
         "epsilon": epsilon,

@@ -408,7 +408,7 @@ def test_every_code_has_a_meaning():
     assert {
         "malformed", "protocol", "signature", "ledger_unknown", "ledger_gap", "ledger_fork",
         "ledger_rollback", "replayed", "policy_noise", "policy_clipping", "policy_shape",
-        "policy_not_private", "policy_users", "deadline", "purpose", "storage", "busy", "error",
+        "policy_work", "policy_not_private", "policy_users", "deadline", "purpose", "storage", "busy", "error",
         "unavailable", "client_error",
     } == REFUSALS.keys()  # fmt: skip
     assert all("\n" not in meaning and meaning.endswith(".") for meaning in REFUSALS.values())

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.shard import CHUNK_BYTES, Shard, total_contribution
+from client.shard import CHUNK_BYTES, Shard
 from common.data import partition, select
 from common.families import FAMILIES
 from common.model import SharedModel
 from privacy.layout import Group, Layout
 from server.layout import contribution_layout
-from tests.populations import draw_model, draw_users, population_of, schema_of
+from tests.populations import draw_model, draw_users, gradient_total, population_of, schema_of
 from tests.reference import User, squared_norm
 
 D, R, K = 12, 3, 3
@@ -39,7 +39,7 @@ def total(population, family, layout, chunk_bytes=CHUNK_BYTES, *, cache_bytes=2*
     model = prior(family)
     target_range = (-20.0, 20.0) if family == "squared" else (0.0, 1.0)
     schema = schema_of(D, bound=bound, target_range=target_range)
-    return total_contribution(
+    return gradient_total(
         Shard(population, schema, FAMILIES[family], chunk_bytes=chunk_bytes, cache_bytes=cache_bytes),
         model,
         np.linalg.cholesky(model.U @ model.U.T + 0.2 * np.eye(D)),

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import client.shard
+import client.work
 from client.batches import Design, Gram
 from client.contribution import contribute
 from client.personalize import WHILE_TRAINING, personalize
-from client.shard import Shard, total_contribution
+from client.shard import Shard
 from common.families import FAMILIES
 from server.layout import contribution_layout
-from tests.populations import draw_model, draw_users, population_of, schema_of
+from tests.populations import draw_model, draw_users, gradient_total, population_of, schema_of
 
 D, R, K = 4, 2, 2
 LAYOUT = contribution_layout(D, R, private=True)
@@ -39,10 +40,8 @@ def shard_of(population, **options):
 
 
 def total(shard, model, metric, admitted=None):
-    everybody = np.ones(shard.population.num_users, np.bool_)
-    return total_contribution(
-        shard, model, metric, sparsity=K, clipping_norm=2.0, layout=LAYOUT,
-        admitted=everybody if admitted is None else admitted,
+    return gradient_total(
+        shard, model, metric, sparsity=K, clipping_norm=2.0, layout=LAYOUT, admitted=admitted
     )  # fmt: skip
 
 
@@ -127,7 +126,7 @@ def test_one_users_exception_is_that_users_zeros(population, model, metric, monk
             raise np.linalg.LinAlgError("singular")
         return contribute(batch, *arguments, **options)
 
-    monkeypatch.setattr(client.shard, "contribute", raises_for_marked)
+    monkeypatch.setattr(client.work, "contribute", raises_for_marked)
     actual = total(shard_of(marked), model, metric)
     assert np.array_equal(actual, np.delete(rows, broken, axis=0).sum(axis=0))
 

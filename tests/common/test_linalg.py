@@ -28,6 +28,25 @@ def test_one_hot():
     assert linalg.one_hot(np.array([2, -1, 0]), 3).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
 
 
+@pytest.mark.parametrize("p", [1, 2, 5])
+def test_symmetric_matrices_as_vectors_and_back(p):
+    """svec keeps inner products, its order is the upper triangle by rows, and unsvec undoes it."""
+    S = RNG.standard_normal((4, p, p))
+    S, T = S + S.transpose(0, 2, 1), S[::-1] @ S[::-1].transpose(0, 2, 1)
+    np.testing.assert_allclose((linalg.svec(S) * linalg.svec(T)).sum(axis=1), (S * T).sum(axis=(1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(linalg.unsvec(linalg.svec(S), p), S, rtol=1e-15)
+    tensors = linalg.svec(torch.from_numpy(S))
+    assert np.array_equal(tensors.numpy(), linalg.svec(S))
+    assert np.array_equal(linalg.unsvec(tensors, p).numpy(), linalg.unsvec(linalg.svec(S), p))
+
+
+def test_order_of_svec():
+    """Row by row, off-diagonals times the root of two."""
+    S = np.array([[[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]]])
+    root = np.sqrt(2)
+    assert linalg.svec(S)[0].tolist() == [1, 2 * root, 3 * root, 4, 5 * root, 6]
+
+
 def positive(rng, n, p, condition):
     """`n` symmetric positive definite matrices with eigenvalues from 1 to 1 / condition."""
     Q = np.linalg.qr(rng.standard_normal((n, p, p)))[0]
@@ -75,6 +94,7 @@ def test_a_row_is_the_same_bits_alone(seed, n, p, q):
         "dot": (linalg.dot, (x, x)),
         "trace": (linalg.trace, (S,)),
         "inverse_positive": (linalg.inverse_positive, (S,)),
+        "svec": (linalg.svec, (S,)),
     }
     before = [value.copy() for value in (M, x, y, S)]
     for name, (function, arguments) in calls.items():

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 from client.personalize import personalize
-from client.shard import Shard, total_contribution
+from client.shard import Shard
 from client.sources import node_data
 from common.families import FAMILIES
 from common.synthetic import draw_population
 from privacy.entropy import NoNoise
+from server.algorithms import algorithm_of
+from server.initialization import tie_breaker
 from server.rounds import apply_round, public_metric
 from server.settings import load_run
-from server.training import _first_state, decimal_string
+from server.training import decimal_string
 from tests.federation import configuration, layout_of, prepare, run_real
+from tests.populations import gradient_total
 from umbel.baselines import Mechanism, train_model, users_of
 
 # First six of the released integers, on the grid of 2^30; another processor's rounding may move the last few bits.
@@ -39,7 +42,9 @@ NUM_NODES, NUM_ROUNDS = 2, 2
 def by_function_calls(config):
     """The run's releases and last state without messages, ledger and devices."""
     settings = load_run(Path(str(config.run.out)))
-    state, layout = _first_state(settings), layout_of(config, private=False)
+    rng = tie_breaker(settings.run, config.privacy.seed)
+    state = algorithm_of(settings.config).first_state(settings.schema, rng)
+    layout = layout_of(config, private=False)
     family, sparsity = config.model.family, config.model.sparsity
     sources = [node_data(config.data, family, i, NUM_NODES) for i in range(NUM_NODES)]
     shards = [Shard(population, schema, FAMILIES[family]) for population, schema in sources]
@@ -47,14 +52,13 @@ def by_function_calls(config):
     for _ in range(NUM_ROUNDS):
         clipping_norm = float(decimal_string(state.clipping_norm))
         totals = [
-            total_contribution(
+            gradient_total(
                 shard,
                 state.model,
                 public_metric(state, family),
                 sparsity=sparsity,
                 clipping_norm=clipping_norm,
                 layout=layout,
-                admitted=np.ones(shard.population.num_users, np.bool_),
             )
             for shard in shards
         ]

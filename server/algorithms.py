@@ -1,0 +1,195 @@
+"""How the server learns: what it asks for in a round, and what it makes of the release.
+
+Both algorithms run in the same loop, under the same ledger. A round's work follows from the state alone, so a run that
+is resumed asks for what it would have asked for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.config import AmhtConfig, Config
+from common.data import DataSchema
+from common.model import Array, IntArray, SharedModel
+from common.task import Task, Work
+from privacy.layout import Layout, layout_of_event
+from server.initialization import initial_model, prior_noise_variance, regularized_moment
+from server.layout import contribution_layout
+from server.least_squares import random_directions
+from server.rounds import ServerState, apply_round, initial_state, public_metric
+from server.statistics import (
+    StatisticsState,
+    apply_moment,
+    apply_statistics,
+    first_moment_norm,
+    first_statistics_norm,
+    first_statistics_state,
+)
+
+State = ServerState | StatisticsState
+
+
+class Algorithm(Protocol):
+    """A way to learn the shared model from releases."""
+
+    def first_state(self, schema: DataSchema, rng: np.random.Generator) -> State:
+        """Before the first round, from public knowledge alone."""
+
+    def task(self, state: Any) -> Task:
+        """What the next round asks of nodes."""
+
+    def metric(self, state: Any) -> Array:
+        """`d x d`, the public matrix that goes with the task."""
+
+    def step(self, state: Any, noised: IntArray, event: Mapping[str, Any]) -> State:
+        """After a release, which was made as `event` says."""
+
+    @property
+    def personal_task(self) -> Task:
+        """How devices personalize with the last model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """Gradient ascent on the users' average log marginal likelihood: the default.
+
+    Attributes:
+        family: Loss family.
+        rank: Columns r of U.
+        sparsity: Cap on the nonzeros of b.
+        clipping_norm: A public constant, or None to adapt it.
+    """
+
+    family: str
+    rank: int
+    sparsity: int
+    clipping_norm: float | None
+
+    def first_state(self, schema: DataSchema, rng: np.random.Generator) -> ServerState:
+        """See `Algorithm`."""
+        moment = schema.feature_second_moment
+        model = first_model(schema, self.rank, self.family, rng)
+        return initial_state(model, regularized_moment(moment), self.clipping_norm)
+
+    def task(self, state: ServerState) -> Task:
+        """See `Algorithm`."""
+        return self.personal_task
+
+    def metric(self, state: ServerState) -> Array:
+        """See `Algorithm`."""
+        return public_metric(state, self.family)
+
+    def step(self, state: ServerState, noised: IntArray, event: Mapping[str, Any]) -> ServerState:
+        """See `Algorithm`."""
+        return apply_round(
+            state,
+            noised,
+            layout=layout_of_event(event),
+            clipping_norm=float(event["clipping_norm"]),
+            noise_multiplier=float(event["noise_multiplier"]),
+            denominator=int(event["denominator"]),
+            adapt_clipping=self.clipping_norm is None,
+            family=self.family,
+            sparsity=self.sparsity,
+        )
+
+    @property
+    def personal_task(self) -> Task:
+        """See `Algorithm`."""
+        return Task(family=self.family, sparsity=self.sparsity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmhtLrs:
+    """Alternating minimization with hard thresholding, as published (arXiv:2210.03505), under our mechanism.
+
+    Attributes:
+        rank: Columns r of U.
+        sparsity: Cap k on the nonzeros of b.
+        settings: The configuration's.
+        rounds: Releases of the whole run, among which sample splitting divides a user's examples.
+        clipping_norm: A public constant, or None to adapt it.
+    """
+
+    rank: int
+    sparsity: int
+    settings: AmhtConfig
+    rounds: int
+    clipping_norm: float | None
+
+    def first_state(self, schema: DataSchema, rng: np.random.Generator) -> StatisticsState:
+        """See `Algorithm`."""
+        model = first_model(schema, self.rank, "squared", rng)
+        if self.settings.initialization == "random":
+            U = random_directions(schema.dimension, self.rank, rng)
+            norm = first_statistics_norm(model)
+        else:
+            U, norm = model.U, first_moment_norm(model, self.settings.initialization)
+        model = replace(model, U=np.linalg.qr(U)[0])
+        norm = norm if self.clipping_norm is None else self.clipping_norm
+        return first_statistics_state(model, regularized_moment(schema.feature_second_moment), norm)
+
+    def task(self, state: StatisticsState) -> Task:
+        """See `Algorithm`."""
+        fold = (state.server_round % self.rounds, self.rounds) if self.settings.sample_splitting else (0, 1)
+        task = self.personal_task.model_copy(update={"fold": fold})
+        if state.server_round == 0 and self.settings.initialization != "random":
+            return task.model_copy(update={"work": "moment", "moment": self.settings.initialization})
+        return task.model_copy(update={"work": "statistics"})
+
+    def metric(self, state: StatisticsState) -> Array:
+        """See `Algorithm`."""
+        return state.inverse_root
+
+    def step(self, state: StatisticsState, noised: IntArray, event: Mapping[str, Any]) -> StatisticsState:
+        """See `Algorithm`."""
+        layout, denominator = layout_of_event(event), int(event["denominator"])
+        if event["initialization"]:
+            norm = first_statistics_norm(state.model) if self.clipping_norm is None else self.clipping_norm
+            return apply_moment(state, noised, layout=layout, denominator=denominator, next_clipping_norm=norm)
+        return apply_statistics(
+            state,
+            noised,
+            layout=layout,
+            clipping_norm=float(event["clipping_norm"]),
+            noise_multiplier=float(event["noise_multiplier"]),
+            denominator=denominator,
+            adapt_clipping=self.clipping_norm is None,
+        )
+
+    @property
+    def personal_task(self) -> Task:
+        """See `Algorithm`."""
+        return Task(family="squared", sparsity=self.sparsity, fitting=self.settings.fitting)
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    """The algorithm that a configuration names."""
+    model, clipping = config.model, config.privacy.clipping
+    norm = None if clipping == "adaptive" else float(clipping)
+    if config.training.algorithm == "gradient":
+        return Gradient(family=model.family, rank=model.rank, sparsity=model.sparsity, clipping_norm=norm)
+    return AmhtLrs(
+        rank=model.rank,
+        sparsity=model.sparsity,
+        settings=config.amht,
+        rounds=config.training.rounds,
+        clipping_norm=norm,
+    )
+
+
+def first_model(schema: DataSchema, rank: int, family: str, rng: np.random.Generator) -> SharedModel:
+    """Where training starts, from public knowledge alone."""
+    noise_variance = prior_noise_variance(schema.target_range, family)
+    return initial_model(schema.feature_second_moment, rank, noise_variance, rng)
+
+
+def largest_layout(config: Config, dimension: int, *, private: bool) -> Layout:
+    """The layout with the most coordinates that a run's rounds have."""
+    works: tuple[Work, ...] = ("gradient",)
+    if config.training.algorithm == "amht-lrs":
+        works = ("moment", "statistics")
+    layouts = (contribution_layout(dimension, config.model.rank, private=private, work=work) for work in works)
+    return max(layouts, key=lambda layout: layout.size)
