@@ -128,7 +128,7 @@ def apply_round(
     signal = _signal_share(gradient, noise_stddev)
     elapsed = state.elapsed + max(1 - signal, _LEAST_PROGRESS)
     step = 1 / (1 + _STEP_DECAY * elapsed)
-    velocity = _MOMENTUM * signal * state.velocity + metric @ gradient
+    velocity = _MOMENTUM * signal * _kept_velocity(state.velocity, gradient, metric) + metric @ gradient
 
     # back to the users' own units: scalars_to_ball multiplied by 2 / sqrt(c)
     to_own = math.sqrt(layout.groups[1].size) / 2
@@ -167,6 +167,21 @@ def apply_round(
         effective_examples=_RELIABILITY_EXAMPLES * typical / (1 - typical),
         clipping_norm=clipping_norm,
     )
+
+
+def _kept_velocity(velocity: Array, gradient: Array, metric: Array) -> Array:
+    """The velocity, or zeros where the released gradient points against it.
+
+    A first guess of U that is too large has to shrink, and momentum would carry it through zero to the other side.
+
+    Args:
+        velocity: `d x (r+1)`, in the units of (U, beta).
+        gradient: `d x (r+1)` R'D, the release in the metric.
+        metric: `d x d` R.
+    """
+    # gradient scheme of section 3.2 of arXiv:1204.3982; <velocity, D> = <R^-1 velocity, R'D>
+    along = float((np.linalg.solve(metric, velocity) * gradient).sum())
+    return velocity if along >= 0 else np.zeros_like(velocity)
 
 
 def _factor(score: float, stddev: float) -> float:

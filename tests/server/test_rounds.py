@@ -76,6 +76,21 @@ def test_momentum_adds_half_of_the_last_step():
     np.testing.assert_allclose(after.velocity, 0.5 + public_metric(state, "squared") @ (2.0 * x), atol=1e-7)
 
 
+def test_momentum_starts_anew_where_the_gradient_points_against_it():
+    """The velocity stays where the likelihood still rises along it in (U, beta), whatever the metric makes of it."""
+    state = first_state()
+    metric = public_metric(state, "squared")
+    x = 0.1 * np.random.default_rng(2).standard_normal((D, R + 1))
+    gradient = np.linalg.solve(metric.T, x)  # x is R' gradient
+    # halfway between orthogonal to x and orthogonal to the gradient: along one of them and against the other
+    share = ((gradient * x).sum() / (x**2).sum() + (gradient**2).sum() / (gradient * x).sum()) / 2
+    velocity = gradient - share * x
+    assert (velocity * gradient).sum() > 1e-3 > -1e-3 > (velocity * x).sum()
+    for sign, kept in ((1, 0.5), (-1, 0.0)):
+        after = step(replace(state, velocity=sign * velocity), release_of(NOISELESS, x, presence=0.5))
+        np.testing.assert_allclose(after.velocity, kept * sign * velocity + metric @ (2.0 * x), atol=1e-7)
+
+
 def test_the_metric_is_a_typical_users_covariance():
     """R R' = U U' + s2 / m S^-1, lower triangular; 4 stands for s2 under logistic loss."""
     state = replace(first_state(noise_variance=0.7), effective_examples=12.0)
