@@ -10,7 +10,7 @@ from array_api_compat import array_namespace
 from client.alternation import LocalFit
 from client.batches import Batch, Design
 from common.linalg import apply, dot, svec, transpose, triangle
-from privacy.layout import Layout, clip_to_ball, scalars_to_ball, to_grid
+from privacy.layout import Layout, clip_to_ball, cross_norm, scalars_to_ball, to_grid
 
 Array = Any
 MomentKind = Literal["moments", "pair-moments"]
@@ -78,18 +78,19 @@ def second_moment(design: Design, kind: MomentKind) -> Array:
 def contribute_statistics(batch: Batch, fit: LocalFit, *, clipping_norm: float, layout: Layout) -> Array:
     """`n x D` int64, each user's svec(A), V and scalars on the grid; zeros without examples or finite numbers.
 
-    A and V of a user are scaled by one factor, min(1, C / |A|_F, C / |V|): it is a weight of that user's examples, so
-    that the solution of A vec(U) = V stays a least squares solution.
+    A and V of a user are scaled by one factor, min(1, C / |A|_F, C' / |V|) with C' = `cross_norm(C, d)`: it is a weight
+    of that user's examples, so that the solution of A vec(U) = V stays a least squares solution.
 
     Args:
         batch: Examples of n users.
         fit: Their w and b.
-        clipping_norm: C, for A and for V.
+        clipping_norm: C.
         layout: Groups A, V and scalars (clip bit, presence).
     """
     xp = array_namespace(fit.w)
     A, V = _packed_statistics(batch, fit)
-    both, joint = xp.concat([A, V], axis=1), A.shape[1]
+    # V in units in which it may be as long as A
+    both, joint = xp.concat([A, V / cross_norm(1.0, fit.b.shape[1])], axis=1), A.shape[1]
     # norms in units of the largest entry: nothing overflows that is finite
     top = xp.max(xp.abs(both), axis=-1)
     usable = xp.isfinite(top) & (batch.count > 0)

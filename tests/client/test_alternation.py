@@ -1,7 +1,5 @@
 """w and b for a fixed U: each solver against the plain version, identities of least squares, isolation to the bit."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,7 @@ from server.least_squares import leading_directions, orthonormal, random_directi
 from tests import reference_amht
 from tests.client.test_isolation import replacements
 from tests.client.test_statistics import layout_for
-from tests.populations import arrays, design, torch_batch
+from tests.populations import arrays, design, draw_model, draw_user, torch_batch
 from tests.reference import User
 from tests.reference_amht import planted, rows
 
@@ -221,6 +219,20 @@ def test_a_user_is_the_same_bits_whoever_shares_the_batch(solver, in_gram_form, 
                     assert np.array_equal(mine[0], ours[i]), name
 
 
+def test_a_user_that_stands_still_stays_while_others_move():
+    """Alternations that go on for a slow user change no bit of one who is done."""
+    rng = np.random.default_rng(11)
+    model = draw_model(rng, 6, 2)
+    fast, slow = draw_user(rng, model, 60, sparsity=0), draw_user(rng, model, 7, sparsity=2)
+    settings = LocalSettings(solver="alternation", sparsity=2, num_alternations=400)
+    alone = fit(design([fast]), model.U, settings)
+    together = fit(design([fast, slow]), model.U, settings)
+    assert alone.num_steps < together.num_steps
+    assert alone.converged.all()
+    for name in ("w", "b", "theta", "support"):
+        assert np.array_equal(getattr(alone, name)[0], getattr(together, name)[0])
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @given(seed=st.integers(0, 2**32), num_users=st.integers(1, 6), m=st.integers(1, 14))
 @settings(max_examples=15, deadline=None)
@@ -303,8 +315,3 @@ def test_one_round_is_the_plain_round():
         }[solver]
         expected = reference_amht.new_U(population.users, [plain(user) for user in population.users], 2)
         np.testing.assert_allclose(learned(population, start, options, 1), expected, atol=1e-7)
-
-
-def test_settings_can_be_changed():
-    """A record like the others."""
-    assert replace(local("pursuit", 2), sparsity=3).sparsity == 3
