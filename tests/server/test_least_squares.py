@@ -101,7 +101,7 @@ def test_the_floor_keeps_noise_from_being_divided_by():
         noisy_A, noisy_V = noised(A, V, stddev, np.random.default_rng(seed))
         U = solve_for_U(noisy_A, noisy_V, d, r, noise_stddev=stddev)
         expected = orthonormal(
-            unvec(np.linalg.solve(floor_eigenvalues(noisy_A, noise_edge(stddev, d * r)), noisy_V), d, r)
+            unvec(np.linalg.solve(floor_eigenvalues(noisy_A, 2 * noise_edge(stddev, d * r)), noisy_V), d, r)
         )
         np.testing.assert_allclose(U, expected, atol=1e-8)
         with_floor.append(subspace_distance(population.U, U))
