@@ -115,7 +115,8 @@ def apply_statistics(
     """
     d, r = state.model.U.shape
     A, V, scalars = split_groups(noised, layout, denominator)
-    noise_stddev = noise_multiplier * clipping_norm / (layout.groups[0].share * denominator)
+    # each user's truncation to the grid moves a coordinate by up to one step, all in one direction
+    noise_stddev = clipping_norm / layout.groups[0].share * (noise_multiplier / denominator + 1 / layout.grid_scale)
     U = solve_for_U(
         unsvec(clipping_norm * A[None, :], d * r)[0],
         cross_norm(clipping_norm, d) * V,

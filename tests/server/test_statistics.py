@@ -170,3 +170,22 @@ def test_the_largest_layout_is_that_of_the_statistics():
     config = load_config(None, {"training.algorithm": "amht-lrs", "model.rank": R})
     assert largest_layout(config, D, private=True).size == D * R * (D * R + 1) // 2 + D * R + 2
     assert largest_layout(load_config(None, {"model.rank": R}), D, private=True).size == D * (R + 1) + 5
+
+
+def test_a_feature_that_nobody_has_is_not_made_up_from_truncation():
+    """Integers that are all a step too low, as truncation may leave them, say nothing about it."""
+    rng = np.random.default_rng(7)
+    planted = np.linalg.qr(rng.standard_normal((D, R)))[0]
+    A, V = np.zeros((D * R, D * R)), np.zeros(D * R)
+    for _ in range(USERS):
+        X, w = rng.standard_normal((12, D)), rng.standard_normal(R)
+        X[:, -1] = 0
+        A += np.kron(np.outer(w, w), X.T @ X) / USERS
+        V += vec(np.outer(X.T @ X @ planted @ w, w)) / USERS
+    C = 4 * np.linalg.norm(A)
+    learner = algorithm(amht__initialization="random")
+    state = replace(first(learner), clipping_norm=C)
+    event = event_of(learner.task(state), state)
+    release = release_of(event, svec(A[None, :, :])[0] / C, V / cross_norm(C, D), np.zeros(2))
+    after = learner.step(state, release - USERS, event)
+    assert np.abs(after.model.U[-1]).max() < 0.2

@@ -10,14 +10,19 @@ import umbel.baselines
 from common.families import FAMILIES
 from common.synthetic import draw_population
 from privacy.entropy import NoNoise, SystemNoise
+from server.initialization import regularized_moment
 from server.layout import contribution_layout
 from tests.populations import draw_model, draw_users, population_of, schema_of
 from umbel.baselines import (
     PENALTIES,
     Mechanism,
+    Momentum,
+    PrivateMean,
     choose_penalty,
+    feature_metric,
     personal_theta,
     private_global,
+    private_mean,
     ridge,
     train_model,
     users_of,
@@ -181,3 +186,73 @@ def test_users_without_usable_examples_do_not_move_the_global_model(family):
     ]
     assert np.isfinite(found[0]).all()
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+
+
+def test_a_private_mean_is_the_mean_of_clipped_vectors():
+    """Without noise, over all users: those without examples or finite numbers add zeros and stay in the denominator."""
+    _, users = cohort(counts=(0, 1, 3, 20, 40, 7))
+    vectors = np.array([[9.0, 9.0], [3.0, 4.0], [0.3, 0.4], [np.nan, 1.0], [0.0, -2.0], [-0.5, 0.0]])
+    place = {0: 0, 1: 1, 3: 2, 20: 3, 40: 4, 7: 5}
+
+    def of(batch):
+        return vectors[[place[int(count)] for count in batch.count]]
+
+    mean = private_mean(users, of, size=2, clipping_norm=1.0, mechanism=PLAIN)
+    clipped = np.array([[0.6, 0.8], [0.3, 0.4], [0.0, -1.0], [-0.5, 0.0]])
+    np.testing.assert_allclose(mean.value, clipped.sum(axis=0) / 6, atol=1e-8)
+    assert mean.noise_stddev == 0
+    # bits: two within C, three not (NaN is not), one absent
+    assert mean.next_clipping_norm == pytest.approx(np.exp(-0.5 * (2 * 0.5 - 3 * 0.5) / 6), rel=1e-6)
+
+
+def test_a_private_mean_says_how_much_noise_it_has():
+    """Of zeros the mean is noise of the declared standard deviation, and no signal; false failures 1e-6."""
+    population, schema, _ = synthetic(users=40, dimension=2)
+    users = users_of(population, schema, SQUARED)
+    mechanism = Mechanism(noise_multiplier="3.5", rounds=1, noise=SystemNoise)
+    size = 4000
+    mean = private_mean(
+        users, lambda batch: np.zeros((len(batch.count), size)), size=size, clipping_norm=7.0, mechanism=mechanism
+    )
+    assert mean.noise_stddev == pytest.approx(3.5 * 7.0 / (np.sqrt(0.96) * 40), rel=1e-6)
+    energy = float((mean.value**2).sum()) / mean.noise_stddev**2  # chi-square of 4000 degrees of freedom
+    assert abs(energy - size) < 5 * np.sqrt(2 * size)
+    assert mean.signal_share < 0.11
+    assert mean.next_clipping_norm == 7.0  # 40 users are too few for a bit under this noise
+
+
+def test_signal_share_is_what_noise_does_not_explain():
+    """One without noise, zero where the noise is as large as what came out, or nothing did."""
+    value = np.array([3.0, 4.0])
+    shares = [
+        PrivateMean(value=value * scale, noise_stddev=stddev, next_clipping_norm=1.0).signal_share
+        for scale, stddev in ((1, 0.0), (1, np.sqrt(5.0)), (1, 10.0), (0, 1.0))
+    ]
+    assert shares == pytest.approx([1.0, 0.6, 0.0, 0.0])
+
+
+def test_momentum_keeps_what_is_signal_and_slows_down_for_noise():
+    """The steps of server.rounds: velocity halves times the signal, the step size falls faster without signal."""
+    start = Momentum(velocity=np.array([2.0]))
+    clear, drowned = start.push(np.array([1.0]), 1.0), start.push(np.array([1.0]), 0.0)
+    assert (clear.velocity[0], clear.elapsed) == (2.0, 0.2)
+    assert (drowned.velocity[0], drowned.elapsed) == (1.0, 1.0)
+    assert clear.step[0] == pytest.approx(2.0 / 1.1)
+    assert drowned.step[0] == pytest.approx(1.0 / 1.5)
+
+
+def test_the_feature_metric_whitens_the_public_moment():
+    """x'M has second moment I for features of the regularized moment; logistic curvature is a quarter of it."""
+    population, schema, _ = synthetic()
+    schema = replace(schema, feature_second_moment=np.diag(np.arange(1.0, 9.0)))
+    metric = feature_metric(users_of(population, schema, SQUARED))
+    S = regularized_moment(schema.feature_second_moment)
+    np.testing.assert_allclose(metric.T @ S @ metric, np.eye(8), atol=1e-12)
+    np.testing.assert_allclose(feature_metric(users_of(population, schema, LOGISTIC)), 2 * metric)
+
+
+def test_shards_can_be_asked_for():
+    """One shard where the caller has processes of its own."""
+    people, _ = cohort()
+    assert len(users_of(population_of(people), schema_of(4), SQUARED, shards=1).shards) == 1
+    assert len(users_of(population_of(people), schema_of(4), SQUARED, shards=3).shards) == 3
