@@ -72,7 +72,7 @@ def _b_score(solution: Solution, model: SharedModel, sparsity: int) -> Array:
     """
     xp = array_namespace(solution.w)
     v, marginal = model.b_variance, solution.marginal
-    chosen = Choice(support=solution.support, probability=solution.probability)
+    chosen = Choice(support=solution.support, share=solution.share)
     # 1 - s h is 1 / (1 + s h_j) > 0, but for rounding where a feature is known almost exactly
     without = 1 / xp.clip(1 - chosen.variance(model) * marginal.curvature, _LEAST_REMAINDER, None)
     q, h = marginal.q * without, marginal.curvature * without

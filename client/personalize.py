@@ -3,9 +3,9 @@
 theta_i = beta + U w_i + b_i with w_i ~ N(0, tau_i I) and at most `sparsity` nonzeros of b_i ~ N(0, b_variance),
 chosen greedily by evidence. w is eliminated exactly (it is always in the active set), so that q and H below are the
 gradient and curvature of the log marginal likelihood, and each choice of a feature is an exact rank-one update:
-orthogonal matching pursuit in which a feature enters with the variance that its posterior probability of being
-nonzero leaves it. While training only probable features enter, since improbable ones would explain away what U has to
-learn; a model that is to predict averages over them (docs/decisions has the measurement).
+orthogonal matching pursuit in which a feature enters with so much variance that its mean is the average over its being
+nonzero or not, by its posterior probability. While training only probable features enter, since improbable ones would
+explain away what U has to learn; a model that is to predict averages over them (docs/decisions has the measurement).
 
 Source: the linear algebra is Gaussian conditioning; the greedy step is the marginal likelihood gain of one basis
 function of Tipping and Faul, "Fast marginal likelihood maximisation for sparse Bayesian models" (2003), eq. 20-25,
@@ -64,8 +64,8 @@ class Solution:
     Attributes:
         w: `n x r`, posterior means.
         support: `n x k` int64, -1 where unused.
-        probability: `n x k`, posterior probability that b is nonzero there, given the features chosen before; b has
-            prior variance `probability * b_variance`.
+        share: `n x k`, b has prior variance `share * b_variance` there: so much that the mean of b is averaged over its
+            being nonzero or not, given the features chosen before.
         b: `n x k`, 0 where unused.
         scale: `n`, tau.
         theta: `n x d`, beta + U w + b.
@@ -76,7 +76,7 @@ class Solution:
 
     w: Array
     support: Array
-    probability: Array
+    share: Array
     b: Array
     scale: Array
     theta: Array
@@ -104,19 +104,19 @@ class _LowRank:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """Which features are in b: `n x k` of them (-1 where unused), and with which probability."""
+    """Which features are in b: `n x k` of them (-1 where unused), and with which share of b's variance."""
 
     support: Array
-    probability: Array
+    share: Array
 
     def variance(self, model: SharedModel) -> Array:
         """`n x d`, prior variance of b at each feature, 0 outside the support."""
-        xp = array_namespace(self.probability)
+        xp = array_namespace(self.share)
         n, k = self.support.shape
-        share = xp.zeros((n, model.dimension), dtype=self.probability.dtype, device=self.probability.device)
+        total = xp.zeros((n, model.dimension), dtype=self.share.dtype, device=self.share.device)
         for slot in range(k):
-            share = share + one_hot(self.support[:, slot], model.dimension) * self.probability[:, slot, None]
-        return share * model.b_variance
+            total = total + one_hot(self.support[:, slot], model.dimension) * self.share[:, slot, None]
+        return total * model.b_variance
 
 
 def log_prior_odds(dimension: int, sparsity: int) -> float:
@@ -180,7 +180,7 @@ def solve(
     return Solution(
         w=w,
         support=chosen.support,
-        probability=chosen.probability,
+        share=chosen.share,
         b=b,
         scale=low_rank.scale,
         theta=theta,
@@ -233,9 +233,9 @@ def _pursue(
     n = before.q.shape[0]
     like = {"dtype": before.q.dtype, "device": before.q.device}
     support = xp.full((n, sparsity), -1, dtype=xp.int64, device=before.q.device)
-    probability = xp.zeros((n, sparsity), **like)
+    share = xp.zeros((n, sparsity), **like)
     if not sparsity:
-        return Choice(support=support, probability=probability), before
+        return Choice(support=support, share=share), before
     odds = log_prior_odds(d, sparsity)
     users = xp.arange(n, device=before.q.device)
     features = xp.arange(d, device=before.q.device)[None, :]
@@ -252,17 +252,20 @@ def _pursue(
             probable = 1 / (1 + xp.exp(odds - gain[users, best]))  # a gain is never far below zero
             pick = xp.where(probable >= least_probability, best, -1)  # never where it is NaN
         else:
-            pick, probable = choice.support[:, step], choice.probability[:, step]
+            pick, part = choice.support[:, step], choice.share[:, step]
         used = pick >= 0
         if not xp.any(used):
             break  # nor will any later feature be, for anybody
         at = pick * used  # an unused pick reads feature 0, to no effect
-        probable = xp.where(used, probable, 0.0)
-        support[:, step], probability[:, step] = pick, probable
+        if choice is None:
+            # the share c with which b's mean is p times its mean if nonzero: c v h / (1 + c v h) = p v h / (1 + v h)
+            part = probable / (1 + (1 - probable) * v * xp.clip(curvature[users, at], 0.0, None))
+        part = xp.where(used, part, 0.0)
+        support[:, step], share[:, step] = pick, part
         here = r + step
         column = batch.column(at) / s2 - apply_transposed(right[:, :here, :], left[users, :here, at])
         # Sherman-Morrison: b_j ~ N(0, p v) in Cov(y) lowers H by p v / (1 + p v H_jj) times column column'
-        variance = v * probable
+        variance = v * part
         column = xp.where(used[:, None], column, 0.0)  # 0 times infinity would be NaN
         scaled = (variance / (1 + variance * column[users, at]))[:, None] * column
         q = q - scaled * q[users, at][:, None]
@@ -278,7 +281,7 @@ def _pursue(
         rows=xp.concat([before.rows, right[:, r:, :]], axis=1),
         mixing=xp.concat([before.mixing, -lowering], axis=2),
     )
-    return Choice(support=support, probability=probability), after
+    return Choice(support=support, share=share), after
 
 
 def _precision(batch: Batch, low_rank: _LowRank, chosen: Choice, model: SharedModel) -> Array:
@@ -292,7 +295,7 @@ def _precision(batch: Batch, low_rank: _LowRank, chosen: Choice, model: SharedMo
     E = xp.stack([one_hot(chosen.support[:, step], d) for step in range(k)], axis=1)
     mixed = (E @ transpose(low_rank.UG)) / model.noise_variance
     corner = (batch.products(E) @ transpose(E)) / model.noise_variance
-    share = xp.where(chosen.probability > 0, chosen.probability, xp.ones_like(chosen.probability))
+    share = xp.where(chosen.share > 0, chosen.share, xp.ones_like(chosen.share))
     corner = corner + xp.eye(k, **like)[None, :, :] / (model.b_variance * share)[:, None, :]
     rows = xp.concat([top, transpose(mixed)], axis=-1), xp.concat([mixed, corner], axis=-1)
     return xp.concat(rows, axis=1)
@@ -331,14 +334,14 @@ def personalize(
     like = {"dtype": model.U.dtype, "device": model.U.device}
     n = batch.y.shape[0]
     point = _Point(w=xp.zeros((n, model.rank), **like), b=xp.zeros((n, model.dimension), **like))
-    none = Choice(support=xp.zeros((n, 0), dtype=xp.int64, device=model.U.device), probability=point.w[:, :0])
+    none = Choice(support=xp.zeros((n, 0), dtype=xp.int64, device=model.U.device), share=point.w[:, :0])
     for _ in range(_NEWTON_STEPS):
         point = _newton_step(batch, model, family, point, none)
     chosen = none
     if sparsity:
         working = _working(batch, model, family, point)
         found = solve(working, model, sparsity=sparsity, least_probability=least_probability)
-        chosen = Choice(support=found.support, probability=found.probability)
+        chosen = Choice(support=found.support, share=found.share)
         for _ in range(_NEWTON_STEPS_AFTER_CHOICE):
             point = _newton_step(batch, model, family, point, chosen)
     working = _working(batch, model, family, point)

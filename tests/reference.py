@@ -42,7 +42,7 @@ class Posterior:
         w: `r`.
         b: `d`, zeros outside the support.
         support: Features in the order of their choice.
-        probability: Of being nonzero, for each of them.
+        share: Of b_variance that each of them has as its prior variance.
         scale: tau.
         theta: `d`.
         q: `d`, X' Cov(y)^-1 (y - X beta).
@@ -54,7 +54,7 @@ class Posterior:
     w: Array
     b: Array
     support: tuple[int, ...]
-    probability: tuple[float, ...]
+    share: tuple[float, ...]
     scale: float
     theta: Array
     q: Array
@@ -95,14 +95,15 @@ def choose(
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Greedily add the feature whose b ~ N(0, b_variance) raises the log evidence most.
 
-    It enters with prior variance p b_variance, p = 1 / (1 + exp(odds - rise)) its probability of being nonzero, and
-    nothing more enters once that is below `least_probability`.
+    p = 1 / (1 + exp(odds - rise)) is its probability of being nonzero; nothing more enters once that is below
+    `least_probability`. It enters with the share of b_variance with which its posterior mean is p times the mean that
+    it has with all of b_variance: the average over its being nonzero or not.
     """
     d = len(model.beta)
     odds = math.log(max(d - sparsity, 1) / max(sparsity, 1))
     b_prior = np.zeros(d)
     support: list[int] = []
-    probability: list[float] = []
+    shares: list[float] = []
     for _ in range(sparsity):
         now = log_evidence(user, model, scale, b_prior)
         rises = {
@@ -114,19 +115,21 @@ def choose(
         p = 1 / (1 + math.exp(odds - rises[best]))
         if p < least_probability:
             break
+        column = user.X[:, best]
+        known = model.b_variance * float(column @ np.linalg.solve(covariance(user, model, scale, b_prior), column))
         support.append(best)
-        probability.append(p)
-        b_prior[best] = p * model.b_variance
-    return tuple(support), tuple(probability)
+        shares.append(p / (1 + (1 - p) * known))
+        b_prior[best] = shares[-1] * model.b_variance
+    return tuple(support), tuple(shares)
 
 
 def posterior(user: User, model: SharedModel, sparsity: int, least_probability: float = 0.0) -> Posterior:
     """Condition theta on y under the prior with the chosen support."""
     d, r = model.U.shape
     scale = personal_scale(user, model)
-    support, probability = choose(user, model, scale, sparsity, least_probability)
+    support, share = choose(user, model, scale, sparsity, least_probability)
     b_prior = np.zeros(d)
-    b_prior[list(support)] = model.b_variance * np.array(probability)
+    b_prior[list(support)] = model.b_variance * np.array(share)
     C = covariance(user, model, scale, b_prior)
     prior = scale * model.U @ model.U.T + np.diag(b_prior)  # Cov(theta)
     e = user.y - user.X @ model.beta
@@ -141,7 +144,7 @@ def posterior(user: User, model: SharedModel, sparsity: int, least_probability: 
         w=scale * model.U.T @ q,
         b=b_prior * q,
         support=support,
-        probability=probability,
+        share=share,
         scale=scale,
         theta=mean,
         q=q,

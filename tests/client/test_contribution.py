@@ -37,7 +37,7 @@ def test_gradient_is_that_of_the_log_marginal_likelihood(d, r, k):
         for i, user in enumerate(users):
             used = solution.support[i] >= 0
             b_prior = np.zeros(d)
-            b_prior[solution.support[i][used]] = model.b_variance * solution.probability[i][used]
+            b_prior[solution.support[i][used]] = model.b_variance * solution.share[i][used]
             expected = reference.marginal_gradient(user, model, float(solution.scale[i]), b_prior)
             np.testing.assert_allclose(gradient[i].T, expected, rtol=1e-6, atol=1e-6)
             if r and len(user.y) > 1:
@@ -96,7 +96,7 @@ def test_b_score_is_the_slope_of_the_evidence_of_the_sparse_part():
     model = draw_model(rng, 6, 2, b_variance=0.2)
     users = draw_users(rng, model, (4, 15), sparsity=1)
     actual, solution = own_scalars(users, model, [True, True], sparsity=2)
-    chosen = Choice(support=solution.support, probability=solution.probability).variance(model)
+    chosen = Choice(support=solution.support, share=solution.share).variance(model)
     for i, user in enumerate(users):
         scale = float(solution.scale[i])
         odds = math.log(4 / 2)

@@ -52,7 +52,7 @@ def check_against_reference(
         pairs = {
             "w": (solution.w[i], expected.w),
             "b": (written_out(solution, model, i)[0], expected.b),
-            "probability": (solution.probability[i][used], np.array(expected.probability)),
+            "share": (solution.share[i][used], np.array(expected.share)),
             "scale": (solution.scale[i], expected.scale),
             "theta": (solution.theta[i], expected.theta),
             "q": (solution.marginal.q[i], expected.q),
@@ -76,8 +76,25 @@ def written_out(solution: Solution, model: SharedModel, i: int):
     b, b_prior = np.zeros(model.dimension), np.zeros(model.dimension)
     used = solution.support[i] >= 0
     b[solution.support[i][used]] = solution.b[i][used]
-    b_prior[solution.support[i][used]] = model.b_variance * solution.probability[i][used]
+    b_prior[solution.support[i][used]] = model.b_variance * solution.share[i][used]
     return b, b_prior
+
+
+def test_an_uncertain_nonzero_is_averaged_over_being_one():
+    """Its posterior mean is its probability times the mean that it has if it is nonzero."""
+    rng = np.random.default_rng(5)
+    model = draw_model(rng, 5, 1)
+    users = draw_users(rng, model, (3, 8, 20), sparsity=0)
+    batch = design(users)
+    averaged = solve(batch, model, sparsity=1)
+    certain = solve(batch, model, sparsity=1, choice=Choice(support=averaged.support, share=np.ones((3, 1))))
+    none = Choice(support=np.full((3, 1), -1), share=np.zeros((3, 1)))
+    before = solve(batch, model, sparsity=1, choice=none).marginal
+    j = averaged.support[:, 0]
+    gain = evidence_gain(before.q, before.curvature, model.b_variance)[np.arange(3), j]
+    probability = 1 / (1 + np.exp(log_prior_odds(5, 1) - gain))
+    assert (probability < 0.9).any()
+    np.testing.assert_allclose(averaged.b[:, 0], probability * certain.b[:, 0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("least_probability", [0.0, WHILE_TRAINING])
@@ -211,10 +228,10 @@ def test_given_choice_is_used_as_it_is():
     rng = np.random.default_rng(13)
     model = draw_model(rng, 6, 2)
     users = draw_users(rng, model, (10, 10), sparsity=2)
-    choice = Choice(support=np.array([[4, -1], [3, 0]]), probability=np.array([[0.7, 0.0], [1.0, 0.2]]))
+    choice = Choice(support=np.array([[4, -1], [3, 0]]), share=np.array([[0.7, 0.0], [1.0, 0.2]]))
     solution = solve(design(users), model, sparsity=2, choice=choice, with_precision=True)
     assert np.array_equal(solution.support, choice.support)
-    assert np.array_equal(solution.probability, choice.probability)
+    assert np.array_equal(solution.share, choice.share)
     for i, prior in enumerate(({4: 0.7}, {3: 1.0, 0: 0.2})):
         b_prior = np.array([model.b_variance * prior.get(j, 0.0) for j in range(6)])
         C = reference.covariance(users[i], model, float(solution.scale[i]), b_prior)
