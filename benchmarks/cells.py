@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,8 @@ class Group:
         released = self.rival.train(users, self._budget, chosen.setting, np.random.default_rng(seed))
         held_out = _score(self.rival.personal(users, released, chosen.setting, chosen.local), parts)
         seconds = time.perf_counter() - started
-        losses = folder / "losses" / f"{self.data.key}-{self.epsilon}-{seed}.npy"
-        if self.method == OURS:
-            make_folder(losses.parent)
-            np.save(losses, held_out.loss)
+        make_folder(folder / "losses")
+        np.save(losses_of(folder, self.identity(seed)), np.stack([held_out.loss, held_out.count]))
         releases = self.rival.releases(chosen.setting) if self.rival.is_released else 0
         return {
             "suite": "utility",
@@ -118,7 +117,6 @@ class Group:
             "overall": _number(held_out.error()),
             "standard_error": _number(held_out.standard_error()),
             "by_examples": {name: _number(error) for name, error in held_out.by_examples().items()},
-            "paired": _paired(held_out, losses),
             "hyperparameters": {**chosen.setting, **chosen.local},
             "grid": chosen.grid,
             "noise_multiplier": self._budget.mechanism(releases).noise_multiplier if releases else "0",
@@ -181,12 +179,26 @@ def _score(theta: Any, parts: Parts) -> HeldOut:
     return held_out_error(theta, parts.test, parts.train, SQUARED)
 
 
-def _paired(held_out: HeldOut, losses: Path) -> dict[str, float | None] | None:
-    """This method minus umbel on the same examples, where umbel has been run."""
-    if not losses.exists():
+def losses_of(folder: Path, identity: str) -> Path:
+    """Where a cell's sums of losses and numbers of held-out examples are, `2 x n`."""
+    return folder / "losses" / f"{sha256(identity.encode()).hexdigest()[:24]}.npy"
+
+
+def paired(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """The cells, each with its method's error minus umbel's on the same examples, where umbel has been run."""
+    return [{**cell, "paired": None if cell["method"] == OURS else _difference(cell, folder)} for cell in cells]
+
+
+def _difference(cell: Cell, folder: Path) -> dict[str, float | None] | None:
+    ours = identity_of_cell({**cell, "method": OURS})
+    paths = [losses_of(folder, identity) for identity in (identity_of_cell(cell), ours)]
+    if not all(path.exists() for path in paths):
         return None
-    ours = HeldOut(metric=held_out.metric, loss=np.load(losses), count=held_out.count, train_count=held_out.train_count)
-    return {name: _number(value) for name, value in paired_difference(held_out, ours).items()}
+    theirs, mine = (
+        HeldOut(metric=cell["metric"], loss=loss, count=count, train_count=np.zeros_like(count))
+        for loss, count in map(np.load, paths)
+    )
+    return {name: _number(value) for name, value in paired_difference(theirs, mine).items()}
 
 
 def _finite(error: float | None) -> float:

@@ -14,11 +14,12 @@ budget of the cell with noise of its own, and the best is used for all seeds. Th
 for, in the rivals' favour; `umbel` is not tuned at all, and `umbel_tuned` is umbel with the rivals' effort.
 
 FOLDER/cells.jsonl has one line a cell and is appended to as cells are finished: the command goes on where it was. The
-page is FOLDER/results.html. FOLDER/losses has the users' own losses under umbel, which paired differences need. All of
-it is evaluation, computed from the raw data.
+page is FOLDER/results.html, and FOLDER/results.jsonl has the cells with their differences from umbel on the same
+examples, from the users' own losses in FOLDER/losses. All of it is evaluation, computed from the raw data.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
@@ -33,11 +34,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.cells import OURS, Cell, Group, identity_of_cell, read
+from benchmarks.cells import Cell, Group, identity_of_cell, paired, read
 from benchmarks.rivals import RIVALS
 from benchmarks.rivals.rival import MOST_SETTINGS
 from benchmarks.utility_data import BASE, ITEMS, RATINGS, SYNTHETIC, DataSet, ratings, sweeps, synthetic
-from common.files import make_folder
+from common.files import make_folder, write_durably
 
 EPSILONS: tuple[float | None, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, None)
 SWEEP_EPSILONS: tuple[float | None, ...] = (0.5, 2.0, None)
@@ -65,7 +66,7 @@ _RELATIVE_COST = {"ml-1m-part": 2.5, "ml-100k": 0.7, ITEMS: 2.0}
 
 
 def groups_of(arguments: argparse.Namespace, console: Console) -> list[Group]:
-    """What is asked for, umbel first, so that the others can be paired with it."""
+    """What is asked for."""
     found = []
     for data in _data(arguments, console):
         base = data.is_base or bool(arguments.synthetic)
@@ -77,7 +78,7 @@ def groups_of(arguments: argparse.Namespace, console: Console) -> list[Group]:
             # nothing noised: one cell stands at every epsilon
             for epsilon in epsilons if rival.is_released else (None,):
                 found.append(Group(data=data, method=method, epsilon=epsilon, seeds=seeds, most_settings=most))
-    return sorted(found, key=lambda group: group.method != OURS)
+    return found
 
 
 def _data(arguments: argparse.Namespace, console: Console) -> Iterator[DataSet]:
@@ -97,19 +98,16 @@ def _data(arguments: argparse.Namespace, console: Console) -> Iterator[DataSet]:
 
 
 def run(groups: Sequence[Group], folder: Path, jobs: int, console: Console) -> list[str]:
-    """Compute what is missing; umbel's cells before the others'. Returns what failed."""
+    """Compute what is missing. Returns what failed."""
     failures: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("cells", total=sum(len(group.seeds) for group in groups))
-        for phase in ([g for g in groups if g.method == OURS], [g for g in groups if g.method != OURS]):
-            for group, problem in _finished(phase, folder, jobs):
-                epsilon = "none" if group.epsilon is None else f"{group.epsilon:g}"
-                progress.update(
-                    bar, advance=len(group.seeds), description=f"{group.data.name} {group.method} {epsilon}"
-                )
-                if problem:
-                    failures.append(f"{group.data.key} {group.method} epsilon {epsilon}: {problem}")
+        for group, problem in _finished(groups, folder, jobs):
+            epsilon = "none" if group.epsilon is None else f"{group.epsilon:g}"
+            progress.update(bar, advance=len(group.seeds), description=f"{group.data.name} {group.method} {epsilon}")
+            if problem:
+                failures.append(f"{group.data.key} {group.method} epsilon {epsilon}: {problem}")
     return failures
 
 
@@ -224,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         return 0
     failures = run(groups, arguments.out, arguments.jobs, console)
-    cells = read(arguments.out)
+    cells = paired(read(arguments.out), arguments.out)
+    results = "".join(json.dumps(cell, sort_keys=True, allow_nan=False) + "\n" for cell in cells)
+    write_durably(arguments.out / "results.jsonl", results.encode())
     for shown in table(cells):
         console.print(shown)
     from benchmarks.utility_page import write_page  # noqa: PLC0415 (plots only where they are drawn)
