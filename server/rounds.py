@@ -20,6 +20,8 @@ CLIPPING_BOUNDS = (1e-2, 1e3)
 _MOMENTUM = 0.5
 _STEP_DECAY = 0.5
 _LEAST_PROGRESS = 0.2
+_LATE = 4.0
+"""`elapsed` from which on U gives back the energy of its noise; before, noise also helps to find new directions."""
 _RELIABILITY_EXAMPLES = 10.0
 _RELIABILITY_BOUNDS = (0.2, 0.9)
 _FIRST_EFFECTIVE_EXAMPLES = 20.0
@@ -39,6 +41,7 @@ class ServerState:
         model: The current prior.
         velocity: `d x (r+1)`, momentum of (U, beta).
         elapsed: Noise-weighted number of steps so far; the step size is 1 / (1 + elapsed / 2).
+        U_noise: Variance of the noise in each coordinate of U in the metric, R^-1 U, that has not been given back.
         reliability_sum: Sum over rounds of the released mean reliability m / (m + 10).
         effective_examples: Examples of a typical user, from the released reliability.
         clipping_norm: C of the next round.
@@ -50,6 +53,7 @@ class ServerState:
     model: SharedModel
     velocity: Array
     elapsed: float
+    U_noise: float
     reliability_sum: float
     effective_examples: float
     clipping_norm: float
@@ -71,6 +75,7 @@ def initial_state(model: SharedModel, regularized_moment: Array, clipping_norm: 
         model=model,
         velocity=np.zeros((d, r + 1)),
         elapsed=0.0,
+        U_noise=0.0,
         reliability_sum=0.0,
         effective_examples=_FIRST_EFFECTIVE_EXAMPLES,
         clipping_norm=0.5 * math.sqrt(d * max(r, 1)) if clipping_norm is None else clipping_norm,
@@ -129,6 +134,12 @@ def apply_round(
     elapsed = state.elapsed + max(1 - signal, _LEAST_PROGRESS)
     step = 1 / (1 + _STEP_DECAY * elapsed)
     velocity = _MOMENTUM * signal * _kept_velocity(state.velocity, gradient, metric) + metric @ gradient
+    U = model.U + step * velocity[:, :r]
+    # a share `signal` of a step corrects what earlier noise has left in U; then the step adds its own
+    noise_energy = (1 - signal) * float((gradient**2).sum())
+    U_noise = (1 - signal * step) ** 2 * state.U_noise + step**2 * noise_energy / gradient.size
+    if r and elapsed >= _LATE and U_noise > 0:
+        U, U_noise = _without_noise_energy(U, U_noise, metric), 0.0
 
     # back to the users' own units: scalars_to_ball multiplied by 2 / sqrt(c)
     to_own = math.sqrt(layout.groups[1].size) / 2
@@ -151,7 +162,7 @@ def apply_round(
         b_variance = float(np.clip(b_variance, low, high))
     updated = SharedModel(
         beta=model.beta + step * velocity[:, r],
-        U=model.U + step * velocity[:, :r],
+        U=U,
         b_variance=b_variance,
         noise_variance=noise_variance,
     )
@@ -163,6 +174,7 @@ def apply_round(
         model=updated,
         velocity=velocity,
         elapsed=elapsed,
+        U_noise=U_noise,
         reliability_sum=reliability_sum,
         effective_examples=_RELIABILITY_EXAMPLES * typical / (1 - typical),
         clipping_norm=clipping_norm,
@@ -182,6 +194,23 @@ def _kept_velocity(velocity: Array, gradient: Array, metric: Array) -> Array:
     # gradient scheme of section 3.2 of arXiv:1204.3982; <velocity, D> = <R^-1 velocity, R'D>
     along = float((np.linalg.solve(metric, velocity) * gradient).sum())
     return velocity if along >= 0 else np.zeros_like(velocity)
+
+
+def _without_noise_energy(U: Array, variance: float, metric: Array) -> Array:
+    """U with singular values as they were, on average, before noise was added; 0 where noise explains them.
+
+    Noise of that variance a coordinate adds d variance I to W'W, W = R^-1 U. A prior as wide as its noise would make
+    every user's estimate noisier than it need be.
+
+    Args:
+        U: `d x r`, r >= 1.
+        variance: Of the noise in each coordinate of W.
+        metric: `d x d` R.
+    """
+    # the debiased spectrum of a spiked model: E|W q|^2 = |signal q|^2 + d variance for a unit vector q
+    left, singular, right = np.linalg.svd(np.linalg.solve(metric, U), full_matrices=False)
+    kept = np.sqrt(np.maximum(singular**2 - len(U) * variance, 0.0))
+    return np.asarray(metric @ ((left * kept) @ right))
 
 
 def _factor(score: float, stddev: float) -> float:

@@ -38,6 +38,7 @@ def random_state(seed, d=4, r=2):
         server_round=7,
         velocity=rng.standard_normal((d, r + 1)),
         elapsed=float(rng.exponential()),
+        U_noise=float(rng.exponential()),
         reliability_sum=float(rng.exponential()),
         effective_examples=float(rng.exponential()),
         clipping_norm=float(rng.exponential()),

@@ -244,6 +244,61 @@ def test_steps_shrink_where_the_gradient_has_fallen_to_the_noise():
         assert after.elapsed == pytest.approx(elapsed)
 
 
+def late_step_without_gradient(*, U_noise, elapsed):
+    """A noised round whose release is zero: whatever U does, it gives back."""
+    state = replace(first_state(), elapsed=elapsed, U_noise=U_noise)
+    after = step(state, np.zeros(PRIVATE.size, np.int64), layout=PRIVATE, z=10.0, denominator=1000)
+    return state, after
+
+
+def test_late_in_a_run_U_gives_back_the_energy_of_its_noise():
+    """Every singular value of R^-1 U loses d variances, the weakest all it has; the directions stay."""
+    state, _ = late_step_without_gradient(U_noise=0.0, elapsed=5.0)
+    metric = public_metric(state, "squared")
+    _, before, right = np.linalg.svd(np.linalg.solve(metric, state.model.U), full_matrices=False)
+    for share, survivors in ((0.5, 2), ((before[0] ** 2 + before[1] ** 2) / (2 * before[1] ** 2), 1)):
+        variance = share * before[1] ** 2 / D
+        _, after = late_step_without_gradient(U_noise=variance, elapsed=5.0)
+        W = np.linalg.solve(metric, after.model.U)
+        expected = np.sqrt(np.maximum(before**2 - D * variance, 0.0))
+        np.testing.assert_allclose(np.linalg.norm(W @ right.T, axis=0), expected, atol=1e-9)
+        assert (expected > 0).sum() == survivors
+        assert after.U_noise == 0.0
+
+
+def test_early_in_a_run_U_keeps_its_noise():
+    """Directions are still being found: nothing is taken, what is owed stays."""
+    state, after = late_step_without_gradient(U_noise=0.01, elapsed=0.5)
+    assert np.array_equal(after.model.U, state.model.U)
+    assert after.U_noise == 0.01
+
+
+def test_what_U_owes_is_the_noise_of_its_steps():
+    """Each step adds its length squared times the variance that its release cannot explain; without noise nothing."""
+    x = np.full((D, R + 1), 0.1)
+    z, n = 10.0, 5000
+    after = step(first_state(), release_of(PRIVATE, n * x, presence=n / 2), layout=PRIVATE, z=z, denominator=n)
+    stddev = z * 2.0 / (PRIVATE.groups[0].share * n)
+    assert after.U_noise == pytest.approx((stddev / (1 + 0.5 * after.elapsed)) ** 2, rel=1e-6)
+    state = replace(first_state(), elapsed=50.0)
+    without = step(state, release_of(NOISELESS, x, presence=0.5))
+    assert without.U_noise == 0.0
+    length = 1 / (1 + 0.5 * without.elapsed)
+    expected = state.model.U + length * (public_metric(state, "squared") @ (2.0 * x))[:, :R]
+    np.testing.assert_allclose(without.model.U, expected, atol=1e-7)
+
+
+def test_noise_alone_leaves_a_narrow_prior():
+    """Nobody sends anything but noise: in the end U is no wider than it began, up to one late round's noise."""
+    rng = np.random.default_rng(3)
+    state = first_state()
+    began = np.linalg.norm(state.model.U)
+    for _ in range(20):
+        noised = np.rint(20.0 * PRIVATE.grid_scale * rng.standard_normal(PRIVATE.size)).astype(np.int64)
+        state = step(state, noised, layout=PRIVATE, z=20.0, denominator=100)
+    assert np.linalg.norm(state.model.U) < 1.5 * began
+
+
 @given(
     seed=st.integers(0, 2**32),
     users=st.sampled_from([1, 2, 20, 100, 1000]),
