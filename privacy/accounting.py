@@ -1,17 +1,18 @@
-"""What a sequence of Gaussian releases has cost, by three accountants that must agree.
+"""What a sequence of Gaussian releases has cost, by accountants that must agree.
 
 For server and auditor; devices have `privacy.participation`.
 
 Releases are data: their noise multipliers, as the ledger spells them. All numbers are for the worst-case
 user, who contributed to each of them from each of up to s nodes, under the zero-out relation (the same as
-add/remove) unless a name says replace-one. The exact Gaussian formula decides; dp_accounting's PLD and RDP
-stand beside it, and whoever they contradict is refused.
+add/remove) unless a name says replace-one. The exact Gaussian formula decides; dp_accounting's PLD and RDP and
+opacus' PRV stand beside it, and whoever they contradict is refused.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -23,12 +24,16 @@ from privacy.participation import (
     cost_units,
     is_noiseless,
 )
+from privacy.prv import FOURIER_ERROR, PRV_ERROR, Sampled, prv_bounds
 
 SMALLEST_DELTA = 1e-12
 # dp_accounting composes 200 distinct noise multipliers in half a minute; one Gaussian is as exact.
 _MOST_DISTINCT = 20
 _PLD_INTERVAL = 1e-4
-_PLD_TOLERANCE = 1e-3
+_TOLERANCE = 1e-3
+_MOST_PRV_RELEASES = 10_000
+_FELT = 1e-3  # of delta
+_LARGEST_PRV_MU = 20.0  # exponentials of losses overflow in opacus, beyond 30 or so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,7 @@ class PrivacySpent:
         replace_one_epsilon: Exact epsilon where neighbours swap one user's data.
         pld_epsilon: By dp_accounting's privacy-loss distributions.
         rdp_epsilon: By dp_accounting's Rényi accountant, which is looser.
+        prv_epsilon: By opacus' privacy random variables, an upper bound; None where there is none.
     """
 
     epsilon: float
@@ -52,6 +58,7 @@ class PrivacySpent:
     replace_one_epsilon: float
     pld_epsilon: float
     rdp_epsilon: float
+    prv_epsilon: float | None = None
 
 
 def total_mu(noise_multipliers: Sequence[str], s: int = 1) -> float:
@@ -105,12 +112,40 @@ def rdp_epsilon(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> f
     return float(RdpAccountant().compose(_events(noise_multipliers, s)).get_epsilon(delta))
 
 
+def prv_epsilon(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> float | None:
+    """Epsilon by opacus' PRV accountant, its upper bound: 0.01 to 0.02 above the exact one.
+
+    It composes equal releases one by one; beyond 20 distinct noise multipliers or 10,000 releases, or where the
+    rounding of its Fourier transform is felt at this delta, it is asked for the one Gaussian that equals them all.
+
+    Returns:
+        None where opacus is not installed, and for mu > 20, where it overflows.
+
+    Raises:
+        UmbelError: If opacus fails, warns, or returns what is no number.
+    """
+    mu = _checked_mu(noise_multipliers, delta, s)
+    if not 0 < mu < math.inf:
+        return mu
+    if mu > _LARGEST_PRV_MU or find_spec("opacus") is None:
+        return None
+    counts = Counter(checked_noise_multiplier(z) for z in noise_multipliers)
+    releases = [Sampled(noise_multiplier=float(z / s), count=count) for z, count in counts.items()]
+    most = min(_MOST_PRV_RELEASES, _FELT * delta / FOURIER_ERROR)
+    if len(counts) > _MOST_DISTINCT or len(noise_multipliers) > most:
+        releases = [Sampled(noise_multiplier=1 / mu)]
+    try:
+        return prv_bounds(releases, delta)[1]
+    except Exception as error:
+        raise UmbelError(f"Expected epsilon from opacus' PRV, got none for {mu=}, {delta=}: {error}") from error
+
+
 def spent(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> PrivacySpent:
     """All numbers of a report, once the accountants are seen to agree.
 
     Raises:
         ValueError: If a noise multiplier, delta or s is out of range.
-        UmbelError: If PLD or RDP contradicts the exact formula.
+        UmbelError: If PLD, RDP or PRV contradicts the exact formula.
     """
     mu = _checked_mu(noise_multipliers, delta, s)
     result = PrivacySpent(
@@ -121,23 +156,28 @@ def spent(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> Privacy
         replace_one_epsilon=replace_one(mu, delta),
         pld_epsilon=pld_epsilon(noise_multipliers, delta, s),
         rdp_epsilon=rdp_epsilon(noise_multipliers, delta, s),
+        prv_epsilon=prv_epsilon(noise_multipliers, delta, s),
     )
     check_agreement(result)
     return result
 
 
 def check_agreement(result: PrivacySpent) -> None:
-    """Refuse numbers that cannot all be right: PLD must equal the exact epsilon, RDP must not be below it.
+    """Refuse numbers that cannot all be right.
+
+    PLD must equal the exact epsilon, RDP must not be below it, and PRV, where there is one, must be above it by no
+    more than its estimate and its bound can be off together.
 
     Raises:
-        UmbelError: Naming the three.
+        UmbelError: Naming them.
     """
-    exact, tolerance = result.epsilon, _PLD_TOLERANCE * (1 + result.epsilon)
+    exact, tolerance, prv = result.epsilon, _TOLERANCE * (1 + result.epsilon), result.prv_epsilon
     agree = abs(result.pld_epsilon - exact) <= tolerance and result.rdp_epsilon >= exact - 1e-6
+    agree = agree and (prv is None or -tolerance <= prv - exact <= 2 * PRV_ERROR + tolerance)
     if exact != math.inf and not agree:
         raise UmbelError(
             f"Expected accountants to agree, got epsilon={exact}, pld_epsilon={result.pld_epsilon}, "
-            f"rdp_epsilon={result.rdp_epsilon}. Install the pinned dp-accounting."
+            f"rdp_epsilon={result.rdp_epsilon}, prv_epsilon={prv}. Install the pinned dp-accounting and opacus."
         )
 
 

@@ -98,8 +98,9 @@ SIGNATURE_LIMITS = (
     "That the noise was drawn as the ledger says, and that nodes clipped as they should. "
     "That is a matter of the software and of tests of it. Nodes that run whatever code the server ships hold their "
     "limits against mistakes, not against a malicious server.",
-    "That the model file is the one that was trained. The ledger commits to the noised sums, from which the model "
-    "follows; the file itself is not signed yet, so changed bytes in it are not noticed.",
+    "That the model file is the one that was trained, where nobody recomputed it: the ledger commits to the noised "
+    "sums, from which the model follows, and an audit of the whole run folder takes every step again; the file itself "
+    "is not signed, so in a release folder alone changed bytes in it are not noticed.",
     "That everything done with these people's data was charged here. A second ledger is invisible to the first.",
     "That registered users are different people.",
     "That this page is what the ledger says. Recompute it from the ledger.",

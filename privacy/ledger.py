@@ -239,7 +239,7 @@ class PrivacyLedger:
 
     def events(self) -> tuple[Event, ...]:
         """The mechanism events of all RESERVE lines, in order."""
-        return tuple(body["event"] for body in self._state.reserves.values())
+        return tuple(self._state.rounds.events())
 
     def rounds_of(self, run: str) -> tuple[Round, ...]:
         """The rounds that `run` has reserved, in order, with what became of them."""

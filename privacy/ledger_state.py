@@ -6,53 +6,31 @@ says), one COMMIT or ABORT at most for a RESERVE, never beyond the budget.
 """
 
 import dataclasses
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from common.errors import BudgetExhausted, UmbelError, VerificationError
+from common.records import canonical_json
 from privacy.gaussian import delta_of_epsilon
-from privacy.lines import ZERO_HEAD, Line, check_signature, extend, parse_line
+from privacy.lines import FORMAT, MAX_LINE, ZERO_HEAD, Line, chain, check_signature, extend, parse_line
 from privacy.participation import UNITS, cost_units, is_noiseless, is_unlimited, limit_units
+from privacy.rounds import Event, Round, Rounds
 
-Event = Mapping[str, Any]
+__all__ = ["Event", "LedgerState", "Reading", "Round", "read_file", "read_lines"]
+_CHUNK = 4096
 _MU_SLACK = 1 + 1e-9  # for the float arithmetic of this check alone; mu_max itself was rounded down
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
-    """A RESERVE line and what became of it.
-
-    Attributes:
-        run: The run that reserved.
-        server_round: Its round.
-        sequence: Sequence number of the RESERVE line.
-        event: The mechanism whose cost is charged.
-        invited_users: Users on the nodes that were invited.
-        release_digest: SHA-256 of the committed release, hex, or None.
-        abort_code: Why nothing came of it, or None.
-    """
-
-    run: str
-    server_round: int
-    sequence: int
-    event: Event
-    invited_users: int
-    release_digest: str | None = None
-    abort_code: str | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it was neither committed nor aborted."""
-        return self.release_digest is None and self.abort_code is None
 
 
 @dataclass(kw_only=True)
@@ -66,9 +44,7 @@ class LedgerState:
         genesis: Body of the GENESIS line.
         registry: Body of the last REGISTRY line, or None.
         runs: Bodies of START lines, by run.
-        reserves: Bodies of RESERVE lines, by their sequence number.
-        releases: SHA-256 of what was committed, hex, by the sequence number of the RESERVE line.
-        aborts: Codes of ABORT lines, by the sequence number of the RESERVE line.
+        rounds: Every RESERVE line and what became of it, packed, in order.
         spent_units: Sum of the costs of all RESERVE lines, an integer; inf after one without noise.
         limit_units: What it may reach, an integer; inf if the ledger promises nothing.
         counts: Lines by type.
@@ -80,15 +56,11 @@ class LedgerState:
     genesis: Mapping[str, Any] = field(default_factory=dict)
     registry: Mapping[str, Any] | None = None
     runs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    reserves: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    releases: dict[int, str] = field(default_factory=dict)
-    aborts: dict[int, str] = field(default_factory=dict)
+    rounds: Rounds = field(default_factory=Rounds)
     spent_units: float = 0
     limit_units: float = 0
     counts: Counter[str] = field(default_factory=Counter)
     _digests: bytearray = field(default_factory=bytearray)
-    _reserved: dict[str, dict[int, int]] = field(default_factory=dict)
-    _last_event: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, line: Line) -> None:
         """Say whether `line` may come next.
@@ -123,34 +95,24 @@ class LedgerState:
         units = self.genesis["max_nodes_per_user"] ** 2 * self.spent_units
         return math.nextafter(math.sqrt(units / UNITS), math.inf) if units else 0.0
 
-    def round_at(self, sequence: int) -> Round:
-        """The round that line `sequence` reserved, with what became of it."""
-        body = self.reserves[sequence]
-        return Round(
-            run=body["run"],
-            server_round=body["round"],
-            sequence=sequence,
-            event=body["event"],
-            invited_users=body["invited_users"],
-            release_digest=self.releases.get(sequence),
-            abort_code=self.aborts.get(sequence),
-        )
-
-    def rounds(self) -> tuple[Round, ...]:
-        """Every round, in the order in which they were reserved."""
-        return tuple(self.round_at(sequence) for sequence in self.reserves)
-
     def rounds_of(self, run: str) -> tuple[Round, ...]:
         """The rounds that one run has reserved, in order."""
-        return tuple(self.round_at(sequence) for sequence in self._reserved.get(run, {}).values())
+        return tuple(self.rounds.of_run(run))
 
     def open_reservations(self) -> tuple[Round, ...]:
         """Rounds with neither COMMIT nor ABORT."""
-        return tuple(self.round_at(sequence) for sequence in self.reserves if self._is_open(sequence))
+        return tuple(self.rounds.open())
 
     def digests(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """`t x 32`, the digests of lines `start` to `stop` - 1."""
         return np.frombuffer(bytes(self._digests[32 * start : 32 * stop]), np.uint8).reshape(-1, 32)
+
+    def head_at(self, sequence: int) -> bytes:
+        """h_t of line `sequence`, without a copy of all digests before it."""
+        head = ZERO_HEAD
+        for start in range(0, sequence + 1, _CHUNK):
+            head = chain(head, self.digests(start, min(start + _CHUNK, sequence + 1)))
+        return head
 
     def _check_body(self, kind: str, body: Mapping[str, Any]) -> None:
         match kind:
@@ -161,7 +123,7 @@ class LedgerState:
             case "RESERVE":
                 self._check_reserve(body)
             case "COMMIT" | "ABORT":
-                if not self._is_open(body["reserve"]):
+                if not self.rounds.is_open(body["reserve"]):
                     raise ValueError(f"Expected a RESERVE that is still open, got reserve={body['reserve']}.")
             case "KEY" if body["public_key"] in self.public_keys:
                 raise ValueError("Expected a key that this ledger has not had yet.")
@@ -178,7 +140,7 @@ class LedgerState:
     def _check_reserve(self, body: Mapping[str, Any]) -> None:
         if body["run"] not in self.runs:
             raise ValueError(f"Expected a run that was started, got run={body['run']!r}.")
-        if body["round"] in self._reserved.get(body["run"], {}):
+        if self.rounds.has(body["run"], body["round"]):
             raise ValueError(f"Expected a round not reserved before, got round={body['round']}. Use the next.")
         if self.would_exceed(body["event"]):
             raise BudgetExhausted(
@@ -190,7 +152,7 @@ class LedgerState:
 
     def _check_schedule(self, body: Mapping[str, Any]) -> None:
         """A run does what its START line says, where that says something."""
-        schedule, charged = self.runs[body["run"]]["schedule"], len(self._reserved.get(body["run"], {}))
+        schedule, charged = self.runs[body["run"]]["schedule"], self.rounds.count(body["run"])
         if charged >= schedule.get("rounds", math.inf):
             raise ValueError(
                 f"Expected at most rounds={schedule['rounds']} as run={body['run']!r} was started, got another."
@@ -212,24 +174,14 @@ class LedgerState:
             case "START":
                 self.runs[body["run"]] = body
             case "RESERVE":
-                self._advance_reserve(body, sequence)
+                self.rounds.reserve(sequence, body)
+                self.spent_units += _cost(body["event"]["noise_multiplier"])
             case "COMMIT":
-                self.releases[body["reserve"]] = body["release_digest"]
+                self.rounds.commit(body["reserve"], body["release_digest"])
             case "ABORT":
-                self.aborts[body["reserve"]] = body["code"]
+                self.rounds.abort(body["reserve"], body["code"])
             case "KEY":
                 self.public_keys.append(body["public_key"])
-
-    def _advance_reserve(self, body: Mapping[str, Any], sequence: int) -> None:
-        # Most rounds repeat the event before: one object for all of them keeps 1e5 rounds small in memory.
-        if body["event"] != self._last_event:
-            self._last_event = body["event"]
-        self.reserves[sequence] = {**body, "event": self._last_event}
-        self._reserved.setdefault(body["run"], {})[body["round"]] = sequence
-        self.spent_units += _cost(self._last_event["noise_multiplier"])
-
-    def _is_open(self, sequence: int) -> bool:
-        return sequence in self.reserves and sequence not in self.releases and sequence not in self.aborts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,22 +209,45 @@ def read_lines(raw_lines: Iterable[bytes], *, all_signatures: bool = False) -> R
     Args:
         raw_lines: As iterating over a file opened for reading bytes gives them.
         all_signatures: Check every signature, though the last one and those of KEY lines authenticate all.
+
+    Raises:
+        UmbelError: If the ledger is of a newer format.
     """
     state, length, last = LedgerState(), 0, None
     for number, raw in enumerate(raw_lines, 1):
-        if not raw.endswith(b"\n"):
+        if not raw.endswith(b"\n") and len(raw) <= MAX_LINE:
             return _with_last_signature(Reading(state=state, length=length, torn_bytes=len(raw)), last)
         try:
-            line = parse_line(raw[:-1])
+            line = parse_line(raw.removesuffix(b"\n"))
             state.check(line)
             if all_signatures or line.kind == "KEY":
                 check_signature(line, _signer(state, line))
         except (ValueError, BudgetExhausted, VerificationError) as error:
+            if number == 1:
+                _refuse_newer(raw[:-1])
             return Reading(state=state, length=length, line=number, reason=str(error))
         state.advance(line)
         length += len(raw)
         last = line
     return _with_last_signature(Reading(state=state, length=length), last)
+
+
+def _refuse_newer(raw: bytes) -> None:
+    """Say so where the first line, which is none of this format, is the GENESIS of a later one.
+
+    Its own key must have signed it: a number that somebody changed is no newer format.
+    """
+    try:
+        unsigned = json.loads(raw)
+        found, owner = unsigned["body"]["format"], bytes.fromhex(unsigned["body"]["public_key"])
+        signature = bytes.fromhex(unsigned.pop("signature"))
+        Ed25519PublicKey.from_public_bytes(owner).verify(signature, canonical_json(unsigned))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidSignature):
+        return
+    if type(found) is int and found > FORMAT:
+        raise UmbelError(
+            f"Expected a ledger of format {FORMAT}, got format={found}, of a newer version. Use a newer umbel."
+        )
 
 
 def _with_last_signature(reading: Reading, last: Line | None) -> Reading:
@@ -298,9 +273,14 @@ def read_file(file: Path | int, *, all_signatures: bool = False) -> Reading:
     """
     try:
         with open(file, "rb", closefd=not isinstance(file, int)) as raw_lines:
-            return read_lines(raw_lines, all_signatures=all_signatures)
+            return read_lines(_bounded(raw_lines), all_signatures=all_signatures)
     except OSError as error:
         raise UmbelError(f"Expected a readable ledger, got {file} ({error.strerror}).") from error
+
+
+def _bounded(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long no more than shows that it is."""
+    return iter(lambda: file.readline(MAX_LINE + 1), b"")
 
 
 @lru_cache(maxsize=1024)

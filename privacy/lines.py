@@ -45,7 +45,7 @@ UNIT = "user"
 NEIGHBORING_RELATION = "zero-out"
 """The one unit and the one relation that this version's accounting and its promise speak of."""
 ZERO_HEAD = bytes(32)
-_MAX_LINE = 2**20
+MAX_LINE = 2**20
 _SHARE_SLACK = 1e-9  # shares are decimal strings of square roots; a user's norm is checked in integers anyway
 
 Fields = Mapping[str, Callable[[Any], object]]
@@ -99,7 +99,7 @@ def parse_line(raw: bytes) -> Line:
     Raises:
         LedgerCorrupt: If it is not canonical, or not a line with exactly the fields of its type.
     """
-    found = _FRAME.fullmatch(raw) if len(raw) <= _MAX_LINE else None
+    found = _FRAME.fullmatch(raw) if len(raw) <= MAX_LINE else None
     if found is None:
         raise LedgerCorrupt("Expected the canonical frame of body, previous, sequence, signature, time, type.")
     packed, previous, sequence, signature, time, kind = found.groups()

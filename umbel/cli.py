@@ -304,7 +304,8 @@ def _way_back(out: str | None, *, baselines: bool) -> str:
 Examples:
   umbel plan --epsilon 1 --delta 1e-6 --rounds 10
   umbel plan --noise-multiplier 4 --rounds 50
-  umbel plan --epsilon 1 --rounds 10 --ledger ml-1m.jsonl""",
+  umbel plan --epsilon 1 --rounds 10 --ledger ml-1m.jsonl
+  umbel plan --epsilon 1 --rounds 100 --sampling-probability 0.1""",
     cls=PlainCommand,
 )
 def plan(
@@ -321,6 +322,9 @@ def plan(
     users: Annotated[int | None, typer.Option(min=1, help="How many users there are.")] = None,
     ledger: Annotated[
         Path | None, typer.Option(help="Also say what this ledger, or that of this run folder, has left.")
+    ] = None,
+    sampling_probability: Annotated[
+        str | None, typer.Option(help="Also say what it would buy if each device tossed a coin in each round.")
     ] = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
@@ -339,6 +343,7 @@ def plan(
         max_nodes_per_user=max_nodes_per_user,
         users=users,
         ledger_path=None if ledger is None else find_ledger(ledger),
+        sampling_probability=sampling_probability,
     )
     _show_plan(document, output)
 
@@ -368,12 +373,21 @@ def _show_plan(plan: Mapping[str, Any], output: Format) -> None:
         )
 
 
+class Threat(StrEnum):
+    """What the attack of an empirical audit sees."""
+
+    LAST = "last"
+    ALL = "all"
+
+
 @app.command(
     epilog="""\b
 Examples:
   umbel audit runs/first
   umbel audit runs/first --public-key owner.pem --anchor 41:9f3c...
-  umbel audit ml-1m.jsonl --delta 1e-9 --format json
+  umbel audit ml-1m.jsonl --delta 1e-6 --delta 1e-9 --format json
+  umbel audit runs/first runs/second
+  umbel audit runs/first --empirical --canaries 2000
 Exit codes: 0 verified; 5 consistent, owner not verified (no --public-key);
   4 verification failed; 3 authentic, but over budget; 2 cannot be read.
 A ledger that promises nothing can be verified too: its status says NOT PRIVATE.""",
@@ -381,29 +395,48 @@ A ledger that promises nothing can be verified too: its status says NOT PRIVATE.
 )
 def audit(
     *,
-    target: Annotated[Path, typer.Argument(help="A run folder, or a ledger.", metavar="RUN|LEDGER")],
-    public_key: Annotated[str | None, typer.Option(metavar="HEX|FILE", help="The owner's key.")] = None,
+    targets: Annotated[
+        list[Path],
+        typer.Argument(help="A run folder, or a ledger; several of the same users add up.", metavar="RUN|LEDGER..."),
+    ],
+    public_key: Annotated[
+        list[str] | None, typer.Option(metavar="HEX|FILE", help="The owner's key; of several ledgers, each one's.")
+    ] = None,
     anchor: Annotated[str | None, typer.Option(metavar="SEQUENCE:HEAD", help="A head that was seen before.")] = None,
-    delta: Annotated[float | None, typer.Option(help="Recompute epsilon for this delta.")] = None,
+    delta: Annotated[
+        list[float] | None, typer.Option(help="Recompute epsilon for this delta; may be given several times.")
+    ] = None,
     all_signatures: Annotated[bool, typer.Option("--all-signatures", help="Check every line's signature.")] = False,
+    empirical: Annotated[
+        bool, typer.Option("--empirical", help="Also attack the run's mechanism with made-up users.")
+    ] = False,
+    canaries: Annotated[int | None, typer.Option(help="How many made-up users, by default 1000.")] = None,
+    threat: Annotated[
+        Threat | None, typer.Option(help="The attack sees the last model, or all releases (default).")
+    ] = None,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Verify a ledger and recompute what was spent."""
     from umbel import auditing
 
+    if not empirical and (canaries is not None or threat is not None):
+        name = "--threat" if canaries is None else "--canaries"
+        raise UmbelError(f"Expected {name} with --empirical, got it alone. Add --empirical, or leave it out.")
+    attack = auditing.Attack(canaries=1000 if canaries is None else canaries, threat=(threat or Threat.ALL).value)
     document = auditing.audit(
-        auditing.find_target(target),
-        public_key=None if public_key is None else auditing.read_public_key(public_key),
+        targets,
+        public_keys=public_key or (),
         anchor=anchor,
-        delta=delta,
+        deltas=delta or (),
         all_signatures=all_signatures,
+        attack=attack if empirical else None,
     )
     if output is Format.JSON:
         _print_json(document)
     else:
-        from umbel.console import show_audit
+        from umbel.console import show_audit, show_audit_together
 
-        show_audit(document)
+        (show_audit if len(targets) == 1 else show_audit_together)(document)
     raise typer.Exit(document["exit_code"])
 
 

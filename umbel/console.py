@@ -32,6 +32,8 @@ _BASELINES = {
 _REFERENCE = "non_private"
 _NOISE_WIDTH = len("aes-256-ctr")  # never cut, however narrow the terminal
 _VOID = "epsilon void, NOT PRIVATE"
+_MOST_MULTIPLIERS = 3
+_OWNER_UNKNOWN = "Give the owner's --public-key, from where the owner published it, to know whose ledger this is."
 
 
 class Watcher(Protocol):
@@ -219,22 +221,103 @@ def show_audit(audit: Mapping[str, Any]) -> None:
     """The verdict and what was recomputed."""
     console = Console()
     privacy = audit["privacy"]
-    void = privacy is not None and privacy["not_private"]
-    style = "bold red" if void else {0: "bold green", 5: "bold yellow"}.get(audit["exit_code"], "bold red")
-    where = f", line {audit['line']}" if audit["line"] else ""
-    console.print(Text(f"{audit['status']}: {audit['ledger']}{where}", style=style), soft_wrap=True)
+    _show_verdict(console, audit, audit["ledger"], where=f", line {audit['line']}" if audit["line"] else "")
     if audit["reason"]:
         _say(console, audit["reason"])
-    if void:
+    if void := privacy is not None and privacy["not_private"]:
         show_not_private(console)
     table = Table.grid(padding=(0, 2))
     for name, value in _audit_rows(audit):
         table.add_row(name, Text(str(value), overflow="fold"))
     console.print(table)
+    if privacy is not None and not void:
+        _show_losses(console, privacy)
+    if audit["empirical"] is not None:
+        _show_attack(console, audit["empirical"])
     if privacy is not None and (void or audit["exit_code"] in (0, 5)):
         _say(console, privacy["promise"])
     if audit["exit_code"] == 5:
-        _say(console, "Give the owner's --public-key, from where the owner published it, to know whose ledger this is.")
+        _say(console, _OWNER_UNKNOWN)
+
+
+def show_audit_together(audit: Mapping[str, Any]) -> None:
+    """Several targets: the verdict, what each run has cost, and what all have cost together."""
+    console, privacy = Console(), audit["privacy"]
+    _show_verdict(console, audit, f"{len(audit['targets'])} targets of “{audit['population']}”")
+    for target in audit["targets"]:
+        where = f", line {target['line']}" if target["line"] else ""
+        model = f", model {target['model']['status']}" if target["model"] else ""
+        _say(console, " ".join(f"{target['path']}: {target['status']}{where}{model} {target['reason']}".split()))
+    if privacy is not None and privacy["not_private"]:
+        show_not_private(console)
+    table = Table("run", "ledger", "rounds", "z", "mu", "share of mu²", Column("folder", overflow="fold"), box=None)
+    for run in audit["runs"]:
+        table.add_row(*_run_cells(run))
+    console.print(table)
+    if privacy is not None:
+        if not privacy["not_private"]:
+            _say(console, f"together mu {rounded_up(privacy['mu'])}, {counted(len(audit['ledgers']), 'ledger')}")
+            _show_losses(console, privacy)
+        _say(console, privacy["promise"])
+    _say(console, audit["note"])
+    if audit["exit_code"] == 5:
+        _say(console, _OWNER_UNKNOWN)
+
+
+def _run_cells(run: Mapping[str, Any]) -> list[str]:
+    multipliers = run["noise_multipliers"]
+    z = ", ".join(multipliers if len(multipliers) <= _MOST_MULTIPLIERS else [*multipliers[:_MOST_MULTIPLIERS], "…"])
+    share = run["mu_share"]
+    return [
+        run["run"],
+        run["ledger_id"][:8],
+        str(run["rounds"]),
+        z,
+        "void" if run["mu"] is None else rounded_up(run["mu"]),
+        "–" if share is None else f"{100 * share:.1f} %",
+        run["path"] or "–",
+    ]
+
+
+def _show_verdict(console: Console, audit: Mapping[str, Any], what: str, *, where: str = "") -> None:
+    privacy = audit["privacy"]
+    void = privacy is not None and privacy["not_private"]
+    style = "bold red" if void else {0: "bold green", 5: "bold yellow"}.get(audit["exit_code"], "bold red")
+    console.print(Text(f"{audit['status']}: {what}{where}", style=style), soft_wrap=True)
+
+
+def _show_losses(console: Console, privacy: Mapping[str, Any]) -> None:
+    """Epsilon at each delta, by each accountant."""
+    table = Table("epsilon at delta", "exact (GDP)", "PLD", "PRV", "RDP", "replace-one", box=None)
+    for row in privacy["at_deltas"]:
+        names = ("epsilon", "pld_epsilon", "prv_epsilon", "rdp_epsilon", "replace_one_epsilon")
+        table.add_row(
+            rounded_up(row["delta"]), *("–" if row[name] is None else rounded_up(row[name]) for name in names)
+        )
+    console.print(table)
+    if privacy["pld_epsilon"] is None:
+        _say(console, 'PLD and RDP not computed: pip install "umbel[simulate]"')
+    elif privacy["prv_epsilon"] is None:
+        _say(console, 'PRV not computed: it takes "umbel[audit]", and at most 100,000 rounds.')
+
+
+def _show_attack(console: Console, found: Mapping[str, Any]) -> None:
+    """The lower bounds of an empirical audit, each with what it assumes."""
+    claimed, tpr, auroc = found["claimed"], found["tpr_at_fpr"], found["auroc"]
+    _say(
+        console,
+        f"attack with {found['canaries']} canaries on {found['threat']}: {'ALARM' if found['alarm'] else 'no alarm'}; "
+        f"claimed epsilon {rounded_up(claimed['epsilon'])} at delta {rounded_up(claimed['delta'])}",
+    )
+    table = Table("lower bound", "epsilon", "confidence", "assumes", box=None)
+    for bound in found["bounds"]:
+        table.add_row(bound["name"], rounded_down(bound["epsilon"]), f"{bound['confidence']:.2%}", bound["assumes"])
+    console.print(table)
+    _say(
+        console,
+        f"TPR {tpr['tpr']:.3f} ({tpr['low']:.3f} to {tpr['high']:.3f}) at FPR {tpr['fpr']:g}; "
+        f"AUROC {auroc['value']:.3f} ({auroc['low']:.3f} to {auroc['high']:.3f})",
+    )
 
 
 def show_ledger(contents: Mapping[str, Any]) -> None:
@@ -383,18 +466,18 @@ def _audit_rows(audit: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     if privacy["not_private"]:
         yield "spent", _VOID
     else:
-        yield from _spent_rows(privacy)
+        spent, delta = rounded_up(privacy["epsilon"]), rounded_up(privacy["delta"])
+        yield "spent", f"epsilon {spent} at delta {delta}, mu {rounded_up(privacy['mu'])}"
+    if audit["model"] is not None:
+        model = audit["model"]
+        yield (
+            "model",
+            "recomputed from the committed sums"
+            if model["status"] == "recomputed"
+            else (f"{model['status']}: {model['reason']}"),
+        )
     yield "head", audit["head"]
     yield "public key", audit["public_key"]
-
-
-def _spent_rows(privacy: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    yield "spent", f"epsilon {rounded_up(privacy['epsilon'])} at delta {rounded_up(privacy['delta'])} (exact Gaussian)"
-    if privacy["pld_epsilon"] is None:
-        yield "", 'PLD and RDP not computed: pip install "umbel[simulate]"'
-    else:
-        yield "", f"{rounded_up(privacy['pld_epsilon'])} by PLD, {rounded_up(privacy['rdp_epsilon'])} by RDP"
-    yield "replace-one", f"epsilon {rounded_up(privacy['replace_one_epsilon'])}"
 
 
 def _say(console: Console, text: str) -> None:

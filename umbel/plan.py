@@ -7,17 +7,26 @@ from typing import Any
 from common.config import Config
 from common.errors import UmbelError
 from privacy.accounting import SMALLEST_DELTA, mu_curve
+from privacy.amplification import Schedule, amplified_curve, least_noise_sampled
 from privacy.gaussian import epsilon_of_mu, replace_one
 from privacy.ledger import PrivacyLedger
 from privacy.participation import cost_units, is_noiseless, mu_max_string, noise_multiplier_for
 from privacy.promise import reasons_against
+from privacy.rounding import rounded_up
 
 DEFAULT_DELTA = 1e-6
 MOST_POINTS = 500
 """Rounds at which the curve is computed, about 2 ms each."""
 MOST_ROUNDS = 1_000_000
 """So many are planned in some ten seconds; nobody trains longer."""
+MOST_SAMPLED_POINTS = 8
+"""Rounds at which a sampled curve is computed, up to seconds each."""
 NO_NOISE = "0"
+SAMPLING_REQUIRES = (
+    "Amplified numbers hold if each user's own device tosses the coin of each round and keeps it secret, "
+    "and if noise, sampling probability and number of rounds are fixed before the first round."
+)
+SAMPLING_UNSUPPORTED = "umbel simulate does not run sampled rounds: its runs cost what is said without sampling."
 
 
 def forecast(
@@ -29,6 +38,7 @@ def forecast(
     max_nodes_per_user: int | None = None,
     users: int | None = None,
     ledger_path: Path | None = None,
+    sampling_probability: str | None = None,
 ) -> dict[str, Any]:
     """The plan of a run, as documented for `--format json`.
 
@@ -40,6 +50,7 @@ def forecast(
         max_nodes_per_user: s; by default the ledger's, or 1.
         users: How many, where known; by default the ledger's.
         ledger_path: An existing ledger to be charged.
+        sampling_probability: q, a decimal string: also say what a coin of each user's device in each round would buy.
 
     Raises:
         UmbelError: If a number is out of range or the ledger was made for another s.
@@ -54,9 +65,18 @@ def forecast(
     try:
         z = least_noise(epsilon, delta, rounds, s) if noise_multiplier is None else noise_multiplier
         mu = mu_curve([z] * rounds, s)
+        sampled = (
+            None
+            if sampling_probability is None
+            else _sampled(sampling_probability, z, rounds, epsilon=epsilon, delta=delta, s=s)
+        )
     except ValueError as error:
         raise UmbelError(_with_remedy(str(error))) from error
     curve = {t: epsilon_of_mu(mu[t - 1], delta) for t in points(rounds, MOST_POINTS)}
+    if sampled is not None:
+        for point in sampled["curve"]:
+            point["epsilon_unamplified"] = curve.get(point["round"]) or epsilon_of_mu(mu[point["round"] - 1], delta)
+        notes += _sampling_notes(sampled)
     left = None if ledger is None else room(ledger, z, rounds)
     if left is not None and left["not_private"]:
         notes.append(f"{left['path']} is NOT PRIVATE: {'; '.join(left['reasons_against'])}.")
@@ -73,6 +93,7 @@ def forecast(
         "curve": [{"round": t, "epsilon": _finite(spent)} for t, spent in curve.items()],
         "not_private": is_noiseless(z),
         "ledger": left,
+        "sampling": sampled,
         "notes": notes,
     }
 
@@ -189,6 +210,52 @@ def least_noise(epsilon: float | None, delta: float, rounds: int, s: int) -> str
     if epsilon is None or not 0 < epsilon < math.inf:
         raise ValueError(f"Expected 0 < epsilon < inf, got {epsilon=}. Choose a budget, or a noise multiplier.")
     return noise_multiplier_for(rounds, mu_max_string(epsilon, delta, s))
+
+
+def _sampled(q: str, z: str, rounds: int, *, epsilon: float | None, delta: float, s: int) -> dict[str, Any]:
+    """What Poisson-sampled rounds would cost at the same noise, and which noise they would need."""
+    if is_noiseless(z):
+        raise UmbelError("Expected noise to amplify, got none. Leave out --sampling-probability.")
+    schedule = Schedule(noise_multiplier=z, sampling_probability=q, rounds=rounds)
+    curve = amplified_curve(schedule, delta, points(rounds, MOST_SAMPLED_POINTS), s=s, with_replace_one=True)
+    whole = curve[rounds]
+    needed = None if epsilon is None else least_noise_sampled(epsilon, delta, rounds, q, s=s)
+    return {
+        "sampling_probability": q,
+        "expected_contributions": schedule.expected_contributions,
+        "epsilon": whole.epsilon,
+        "replace_one_epsilon": whole.replace_one_epsilon,
+        "prv_lower": whole.prv_lower,
+        "prv_upper": whole.prv_upper,
+        "rdp_epsilon": whole.rdp_epsilon,
+        "curve": [{"round": t, "epsilon": point.epsilon} for t, point in curve.items()],
+        "noise_multiplier": needed,
+        "noise_multiplier_unamplified": z,
+        # a release is divided by the users expected in it, of whom sampling leaves the share q
+        "relative_noise": None if needed is None else float(needed) / float(q) / float(z),
+        "supported": False,
+        "requires": SAMPLING_REQUIRES,
+    }
+
+
+def _sampling_notes(sampled: dict[str, Any]) -> list[str]:
+    q = sampled["sampling_probability"]
+    pairs = "; ".join(
+        f"{point['round']}: {rounded_up(point['epsilon'])} / {rounded_up(point['epsilon_unamplified'])}"
+        for point in sampled["curve"]
+    )
+    notes = [
+        f"With sampling probability {q} a user contributes {sampled['expected_contributions']:g} times on average.",
+        f"Epsilon at this noise with / without sampling, after round {pairs}.",
+    ]
+    if sampled["noise_multiplier"] is not None:
+        ratio = sampled["relative_noise"]
+        notes.append(
+            f"The budget would need noise multiplier {sampled['noise_multiplier']} instead of "
+            f"{sampled['noise_multiplier_unamplified']}; as only a share {q} of the users is in each release, their "
+            f"mean then has {ratio:.3g} times the noise of a run without sampling."
+        )
+    return [*notes, SAMPLING_REQUIRES, SAMPLING_UNSUPPORTED]
 
 
 def _finite(value: float) -> float | None:

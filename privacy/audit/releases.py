@@ -6,6 +6,7 @@ may be missing at all, or deleting the model would hide that a release was delet
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,6 +19,7 @@ from privacy.audit.verify import Verification, verify
 from privacy.ledger_state import Round
 
 _SUFFIX = ".safetensors"
+_is_number = re.compile(r"[0-9]{9,18}").fullmatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +52,18 @@ class Releases:
 
     def problem(self, found: Verification) -> str:
         """What is wrong with the files as a whole; an empty string if nothing is."""
-        present = sum(self.path(entry).exists() for entry in found.commits)
-        if self.run not in found.runs and present < len(found.commits):
+        present, committed = self.count_present(found), found.counts.get("COMMIT", 0)
+        if self.run not in found.runs and present < committed:
             return (
-                f"Expected all {len(found.commits)} committed releases in {self.folder}, which does not say whose "
+                f"Expected all {committed} committed releases in {self.folder}, which does not say whose "
                 f"run it is, got {present}. Put the run's model.safetensors beside it, or audit the ledger alone."
             )
         return next(self._strays(found), "")
+
+    def count_present(self, found: Verification) -> int:
+        """How many committed releases have a file, whatever is in it."""
+        entries = (self._entry(path, found) for path in self._files())
+        return sum(entry is not None and entry.release_digest is not None for entry in entries)
 
     def may_lack(self, entry: Round) -> bool:
         """Whether it is not this run's, or nobody knows whose; the latter is for `problem`."""
@@ -64,9 +71,8 @@ class Releases:
 
     def _strays(self, found: Verification) -> Iterator[str]:
         """Why a file is not a committed release of this run, for each that is not."""
-        rounds = {self.path(entry): entry for entry in found.rounds}
-        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
-            entry = rounds.get(path)
+        for path in self._files():
+            entry = self._entry(path, found)
             if entry is None:
                 yield f"Expected a RESERVE line for every release, got none for {path}."
             elif entry.is_open:
@@ -75,6 +81,14 @@ class Releases:
                 yield f"Expected a COMMIT line for every release, got {path} of a round aborted: {entry.abort_code}."
             elif self.run in found.runs and entry.run != self.run:
                 yield f"Expected releases of run={self.run!r}, got {path} of run={entry.run!r}."
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"*{_SUFFIX}"))
+
+    def _entry(self, path: Path, found: Verification) -> Round | None:
+        """The round that a file is named after, if there is one: there may be many more rounds than files."""
+        entry = found.rounds.at_sequence(int(path.stem)) if _is_number(path.stem) else None
+        return entry if entry is not None and self.path(entry) == path else None
 
 
 def run_of(release: Path) -> str | None:

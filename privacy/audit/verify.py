@@ -6,14 +6,14 @@ owner's (give `public_key`), that nothing was cut off at the end of a line (give
 report, a node or a witness remembers), and that the noise was drawn as an event says.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from common.errors import UmbelError
-from privacy.ledger_state import Event, LedgerState, Reading, Round, read_file
-from privacy.lines import ZERO_HEAD, chain
+from privacy.ledger_state import LedgerState, Reading, read_file
+from privacy.rounds import Event, Round, Rounds
 
 Status = Literal["verified", "consistent, owner not verified", "failed"]
 
@@ -54,7 +54,7 @@ class Verification:
         registry: Body of the last REGISTRY line, or None.
         counts: Lines by type.
         runs: Bodies of the START lines, by run.
-        rounds: Every RESERVE and what became of it, in order.
+        rounds: Every RESERVE and what became of it, in order; each is made when it is asked for.
         spent_units: What all of them cost, in units of 2^-50 per (user, node).
         mu_spent: The same as mu of the worst-case user.
         torn_bytes: Bytes after the last complete line, which count for nothing.
@@ -70,7 +70,7 @@ class Verification:
     registry: Mapping[str, Any] | None
     counts: Mapping[str, int]
     runs: Mapping[str, Mapping[str, Any]]
-    rounds: tuple[Round, ...]
+    rounds: Rounds
     spent_units: float
     mu_spent: float
     torn_bytes: int
@@ -78,28 +78,33 @@ class Verification:
     @property
     def events(self) -> tuple[Event, ...]:
         """The mechanism events of all RESERVE lines, in order."""
-        return tuple(entry.event for entry in self.rounds)
+        return tuple(self.rounds.events())
+
+    @property
+    def noise_multipliers(self) -> list[str]:
+        """z of all RESERVE lines, in order, as the ledger spells them."""
+        return self.rounds.noise_multipliers()
 
     @property
     def commits(self) -> tuple[Round, ...]:
         """Rounds with a committed release, in the order in which they were reserved."""
-        return tuple(entry for entry in self.rounds if entry.release_digest is not None)
+        return tuple(self.rounds.released())
 
     @property
     def open_reservations(self) -> tuple[Round, ...]:
         """Rounds with neither COMMIT nor ABORT: charged all the same."""
-        return tuple(entry for entry in self.rounds if entry.is_open)
+        return tuple(self.rounds.open())
 
     @property
     def is_private(self) -> bool:
         """Whether every event names a cryptographic source of noise."""
-        return all(event["noise"] == "aes-256-ctr" for event in self.events)
+        return all(event["noise"] == "aes-256-ctr" for event in self.rounds.events())
 
 
 def verify(
     path: Path,
     *,
-    public_key: str | None = None,
+    public_key: str | Collection[str] | None = None,
     anchor: Anchor | None = None,
     all_signatures: bool = False,
     release_found: Callable[[Round], bool] | None = None,
@@ -113,7 +118,7 @@ def verify(
 
     Args:
         path: The file; it is not changed, and may be in use.
-        public_key: The owner's key, hex: one that the ledger has or had.
+        public_key: The owner's key, hex: one that the ledger has or had; or several, of which it must be one.
         anchor: A head that the ledger must have had.
         all_signatures: Check every signature, about 0.1 ms each; the last one authenticates all.
         release_found: Whether the committed release of a round is where it should be, called for every
@@ -122,48 +127,50 @@ def verify(
     Raises:
         UmbelError: If there is no such file or it cannot be read.
     """
+    keys = (public_key,) if isinstance(public_key, str) else tuple(public_key or ())
     reading = read_file(path, all_signatures=all_signatures)
     line, reason = reading.line, reading.reason
     if line is None:
-        line, reason = _outside_failure(reading.state, public_key, anchor, release_found)
+        line, reason = _outside_failure(reading.state, keys, anchor, release_found)
     if reason:
         return _verification(reading, "failed", line, reason)
-    return _verification(reading, "verified" if public_key else "consistent, owner not verified", None, "")
+    return _verification(reading, "verified" if keys else "consistent, owner not verified", None, "")
 
 
 def recompute_epsilon(verification: Verification, delta: float) -> dict[str, float]:
     """Epsilon at `delta` of all RESERVE lines, by each accountant, from nothing but their events."""
     from privacy.accounting import gdp_epsilon, pld_epsilon  # noqa: PLC0415 (needs the extra `simulate`)
 
-    multipliers = [event["noise_multiplier"] for event in verification.events]
+    multipliers = verification.noise_multipliers
     s = verification.genesis["max_nodes_per_user"]
     return {"gdp": gdp_epsilon(multipliers, delta, s), "pld": pld_epsilon(multipliers, delta, s)}
 
 
 def _outside_failure(
     state: LedgerState,
-    public_key: str | None,
+    keys: tuple[str, ...],
     anchor: Anchor | None,
     release_found: Callable[[Round], bool] | None,
 ) -> tuple[int | None, str]:
     """Compare a ledger that is valid in itself with what is known from elsewhere."""
-    if public_key and public_key not in state.public_keys:
-        return None, f"Expected a ledger of key {public_key[:16]}…, got key {state.public_keys[-1][:16]}…."
+    if keys and not set(keys).intersection(state.public_keys):
+        wanted = " or ".join(f"{key[:16]}…" for key in keys)
+        return None, f"Expected a ledger of key {wanted}, got key {state.public_keys[-1][:16]}…."
     if anchor is not None and anchor.sequence > state.sequence:
         return (
             None,
             f"Expected lines up to {anchor.sequence}, got them up to {state.sequence}: the end is missing.",
         )
-    if anchor is not None and chain(ZERO_HEAD, state.digests(0, anchor.sequence + 1)).hex() != anchor.head:
+    if anchor is not None and state.head_at(anchor.sequence).hex() != anchor.head:
         return (
             anchor.sequence + 1,
             f"Expected head {anchor.head[:16]}… here, got another: the past was rewritten.",
         )
-    for entry in map(state.round_at, state.releases):
+    for entry in state.rounds.released() if release_found is not None else ():
         if release_found is not None and not release_found(entry):
             return entry.sequence + 1, (
                 f"Expected the release of run={entry.run!r}, round {entry.server_round} "
-                f"with the committed SHA-256 {state.releases[entry.sequence][:16]}…, got none or another."
+                f"with the committed SHA-256 {str(entry.release_digest)[:16]}…, got none or another."
             )
     return None, ""
 
@@ -181,7 +188,7 @@ def _verification(reading: Reading, status: Status, line: int | None, reason: st
         registry=state.registry,
         counts=dict(state.counts),
         runs=dict(state.runs),
-        rounds=state.rounds(),
+        rounds=state.rounds,
         spent_units=state.spent_units,
         mu_spent=state.mu_spent() if state.genesis else 0.0,
         torn_bytes=reading.torn_bytes,

@@ -1,4 +1,4 @@
-"""Three accountants that must agree, and the ways in which dp_accounting is known to be wrong."""
+"""Accountants that must agree, and the ways in which dp_accounting is known to be wrong."""
 
 import math
 import subprocess
@@ -18,12 +18,13 @@ from privacy.accounting import (
     check_agreement,
     gdp_epsilon,
     pld_epsilon,
+    prv_epsilon,
     rdp_epsilon,
     spent,
     total_mu,
 )
 
-ACCOUNTANTS = [gdp_epsilon, pld_epsilon, rdp_epsilon]
+ACCOUNTANTS = [gdp_epsilon, pld_epsilon, rdp_epsilon, prv_epsilon]
 
 
 @pytest.mark.parametrize(("z", "k", "expected"), [("1", 1, 4.887), ("2", 5, 5.551), ("4", 10, 3.747), ("8", 50, 4.249)])
@@ -92,6 +93,7 @@ def test_accountants_agree(noise_multipliers, delta):
     result = spent(noise_multipliers, delta)
     assert 0 <= result.pld_epsilon - result.epsilon < 1e-3 * (1 + result.epsilon)
     assert result.rdp_epsilon >= result.epsilon
+    assert 0 <= result.prv_epsilon - result.epsilon <= 0.021
     assert result.rho == result.mu**2 / 2
     assert result.replace_one_epsilon > result.epsilon
 
@@ -128,12 +130,17 @@ def test_accountants_that_contradict_are_refused():
     """Numbers of which one must be wrong are not reported."""
     right = spent(["4"], 1e-6)
     check_agreement(right)
+    check_agreement(replace(right, prv_epsilon=None))
     for wrong in (
         replace(right, pld_epsilon=right.epsilon * 1.1),
         replace(right, pld_epsilon=right.epsilon * 0.9),
         replace(right, pld_epsilon=math.nan),
         replace(right, rdp_epsilon=right.epsilon * 0.9),
         replace(right, rdp_epsilon=math.nan),
+        replace(right, prv_epsilon=right.epsilon - 0.01),
+        replace(right, prv_epsilon=right.epsilon + 0.05),
+        replace(right, prv_epsilon=math.nan),
+        replace(right, prv_epsilon=math.inf),
     ):
         with pytest.raises(UmbelError, match="accountants to agree"):
             check_agreement(wrong)
@@ -143,7 +150,44 @@ def test_without_noise_every_number_is_infinite():
     """A run without noise reports infinity in every field but delta."""
     result = spent(["0"], 1e-6)
     assert {result.epsilon, result.mu, result.rho, result.replace_one_epsilon} == {math.inf}
-    assert result.pld_epsilon == result.rdp_epsilon == math.inf
+    assert result.pld_epsilon == result.rdp_epsilon == result.prv_epsilon == math.inf
+
+
+class TestPrv:
+    """Opacus' accountant, where it is installed."""
+
+    @pytest.mark.parametrize(
+        ("noise_multipliers", "delta"),
+        [(["10"] * 1000, 1e-6), (["100"] * 9000, 1e-12), (["1"], 1e-12), (["0.7", "2.5"] * 3, 1e-3), (["0.06"], 1e-6)],
+        ids=["rounds", "tiny delta", "one", "mixed", "least noise"],
+    )
+    def test_it_is_just_above_the_exact_epsilon(self, noise_multipliers, delta):
+        """Its upper bound is 0.01 above, a little more for mixtures, and never below, even at tiny deltas."""
+        above = prv_epsilon(noise_multipliers, delta) - gdp_epsilon(noise_multipliers, delta)
+        assert 0.0099 <= above <= 0.015
+
+    def test_pinned(self):
+        """A new opacus that changes an answer is seen."""
+        assert prv_epsilon(["2"] * 5, 1e-6) == pytest.approx(5.561096, abs=2e-6)
+
+    def test_without_opacus_there_is_none(self, monkeypatch):
+        """The other accountants are enough for a report."""
+        monkeypatch.setattr("privacy.accounting.find_spec", lambda _: None)
+        assert spent(["4"], 1e-6).prv_epsilon is None
+
+    def test_beyond_its_range_there_is_none(self):
+        """Losses whose exponential overflows are not asked for."""
+        assert prv_epsilon(["0.05"], 1e-6) is None
+
+    def test_a_failure_is_not_passed_over(self, monkeypatch):
+        """An opacus that fails stops the report."""
+
+        def fails(*_):
+            raise RuntimeError("Discrete mean differs")
+
+        monkeypatch.setattr("privacy.accounting.prv_bounds", fails)
+        with pytest.raises(UmbelError, match="Discrete mean differs"):
+            prv_epsilon(["4"], 1e-6)
 
 
 def test_total_mu_is_rounded_up():

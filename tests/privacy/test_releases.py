@@ -129,3 +129,12 @@ def test_the_model_says_whose_run_it_is(tmp_path):
     model.write_bytes(b"broken")
     with pytest.raises(UmbelError):
         run_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x", "6", "0000000006", "-00000006", "٠٠٠٠٠٠٠٠٦"])
+def test_a_file_under_another_name_is_no_release(release, name):
+    """Only the number of a RESERVE line, nine digits long, names a release."""
+    (release / "rounds" / f"{name}.safetensors").write_bytes(b"b 1")
+    failed, reason = verdict(release)
+    assert failed
+    assert "RESERVE" in reason

@@ -13,8 +13,9 @@ from privacy.audit.verify import Anchor, recompute_epsilon, verify
 from privacy.keys import public_key_hex
 from privacy.ledger import PrivacyLedger
 from privacy.ledger_state import read_lines
-from privacy.lines import ZERO_HEAD, extend, parse_line, signed_line
+from privacy.lines import MAX_LINE, ZERO_HEAD, extend, parse_line, signed_line
 from privacy.participation import mu_max_string
+from privacy.rounds import Rounds
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -103,7 +104,7 @@ def test_the_verification_says_what_the_ledger_says(original):
     }
     assert verification.sequence == ledger.sequence == 7
     assert verification.head == ledger.head.hex()
-    assert verification.rounds == ledger.rounds_of("r")
+    assert tuple(verification.rounds) == ledger.rounds_of("r")
     assert [entry.release_digest for entry in verification.commits] == ["1" * 64]
     assert [entry.sequence for entry in verification.open_reservations] == [7]
     assert verification.events == ledger.events() == (EVENT,) * 3
@@ -115,18 +116,72 @@ def test_the_verification_says_what_the_ledger_says(original):
     assert (verification.torn_bytes, verification.is_private) == (0, True)
 
 
-def test_every_changed_byte_is_seen(original):
-    """Whatever byte is changed, the ledger fails; only breaking the last newline reads as a torn last line."""
-    data = original.read_bytes()
-    for position in range(len(data)):
-        changed = bytearray(data)
-        changed[position] ^= 1 << position % 8
-        reading = read(bytes(changed))
-        if position == len(data) - 1:
-            assert reading.line is None
-            assert reading.torn_bytes > 0
-        else:
-            assert reading.line is not None, f"byte {position}"
+@pytest.fixture(scope="module")
+def small():
+    """The bytes of a ledger with one line of each kind that a run needs."""
+    return forged(BEGIN[0], BEGIN[1], reserve(1), commit(2))
+
+
+def test_every_flipped_bit_is_seen(small):
+    """Whatever single bit is flipped, that which changes the case of a hex digit too, the ledger fails at its line.
+
+    Only a flip in the last newline reads as a torn last line.
+    """
+    lines = small.split(b"\n")
+    assert read(small).line is None
+    for position in range(len(small) - 1):
+        line = small.count(b"\n", 0, position) + 1
+        for bit in range(8):
+            changed = bytearray(small)
+            changed[position] ^= 1 << bit
+            found = read(bytes(changed)).line
+            assert found is not None, f"byte {position}, bit {bit}"
+            assert found in (line, line + 1), f"byte {position}, bit {bit}"
+    for bit in range(8):
+        reading = read(small[:-1] + bytes([ord("\n") ^ 1 << bit]))
+        assert (reading.line, reading.state.sequence, reading.torn_bytes) == (None, 2, len(lines[-2]) + 1)
+
+
+def test_every_truncation_point_is_a_torn_line_or_the_line_before(small):
+    """Cut anywhere, a ledger says what its whole lines say, and how many bytes count for nothing."""
+    for length in range(len(small)):
+        reading, whole = read(small[:length]), small.count(b"\n", 0, length)
+        assert reading.torn_bytes == length - (small.rfind(b"\n", 0, length) + 1)
+        assert reading.state.sequence == whole - 1
+        assert reading.line == (None if whole else 1)
+
+
+def test_a_line_signed_again_by_another_key_is_seen(original):
+    """Lines re-signed by a key that is not the ledger's fail: one alone breaks the chain, a whole end its signature."""
+    parsed = [parse_line(raw) for raw in original.read_bytes().splitlines()]
+    for first in range(len(parsed)):
+        for last in (first, len(parsed) - 1):
+            head, data = ZERO_HEAD, b""
+            for line in parsed:
+                if first <= line.sequence <= last:
+                    raw = signed_line(
+                        sequence=line.sequence, kind=line.kind, body=line.body, previous=head, time=line.time, key=OTHER
+                    )
+                else:
+                    raw = line.raw
+                head, data = extend(head, sha256(raw).digest()), data + raw + b"\n"
+            assert read(data).line == (first + 2 if last == first < len(parsed) - 1 else len(parsed))
+            assert read_lines(io.BytesIO(data), all_signatures=True).line == first + 1
+
+
+def test_two_writers_of_one_ledger_cannot_be_one_ledger(original, tmp_path):
+    """Two copies that were written apart are each in order; put together, or against the other's head, they fail."""
+    forks = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for number, fork in enumerate(forks):
+        fork.write_bytes(original.read_bytes())
+        with PrivacyLedger.open(fork, key=KEY) as ledger:
+            ledger.start(f"fork {number}", {}, DIGEST)
+    first, second = (verify(fork, public_key=OWNER) for fork in forks)
+    assert (first.status, second.status) == ("verified", "verified")
+    against = verify(forks[1], public_key=OWNER, anchor=Anchor(sequence=first.sequence, head=first.head))
+    assert (against.status, against.line) == ("failed", first.sequence + 1)
+    lines = [fork.read_bytes().splitlines(keepends=True) for fork in forks]
+    assert read(b"".join([*lines[0], lines[1][-1]])).line == len(lines[0]) + 1
 
 
 def test_dropped_swapped_repeated_and_inserted_lines_are_seen(original):
@@ -145,16 +200,11 @@ def test_dropped_swapped_repeated_and_inserted_lines_are_seen(original):
 
 
 def test_a_cut_off_end_is_seen_with_an_anchor_only(original, tmp_path):
-    """A cut within a line leaves torn bytes, a cut at its end nothing to see; an anchor shows both."""
+    """A cut at the end of a line leaves nothing to see; an anchor shows it."""
     data = original.read_bytes()
     whole = verify(original)
     anchor = Anchor.parse(f"{whole.sequence}:{whole.head}")
     assert verify(original, public_key=OWNER, anchor=anchor).status == "verified"
-    first = data.index(b"\n") + 1
-    for length in range(first, len(data), 37):
-        reading = read(data[:length])
-        assert reading.line is None
-        assert reading.torn_bytes == length - data.rindex(b"\n", 0, length) - 1
     cut = tmp_path / "cut.jsonl"
     for newline in [position + 1 for position, byte in enumerate(data[:-1]) if byte == ord("\n")]:
         cut.write_bytes(data[:newline])
@@ -337,6 +387,29 @@ def test_no_file_is_an_error(tmp_path):
     assert verify(tmp_path / "empty").status == "failed"
 
 
+def test_a_newer_format_is_named(tmp_path):
+    """A GENESIS of a later format, signed by its key, is said to be that; a number that was changed is a failure."""
+    newer = {**GENESIS, "format": 2, "recovery_key": DIGEST}
+    data, path = forged(("GENESIS", newer)), tmp_path / "newer.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UmbelError, match="format=2, of a newer version"):
+        verify(path)
+    with pytest.raises(UmbelError, match="format=2"):
+        PrivacyLedger.open(path)
+    path.write_bytes(data.replace(b'"format":2', b'"format":3'))
+    assert (verify(path).status, verify(path).line) == ("failed", 1)
+    path.write_bytes(forged(("GENESIS", {**GENESIS, "format": 0})))
+    assert verify(path).status == "failed"
+
+
+def test_a_line_without_end_is_not_read_whole(tmp_path):
+    """A line longer than any line may be is a failure at that line, not a torn end."""
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(forged(*BEGIN) + b"x" * (3 * MAX_LINE))
+    verification = verify(path)
+    assert (verification.status, verification.line, verification.torn_bytes) == ("failed", 3, 0)
+
+
 @pytest.mark.parametrize("s", [1, 3])
 def test_epsilon_is_recomputed_from_the_events_alone(tmp_path, s):
     """Both accountants come to what the ledger says was spent, for users of one node and of several."""
@@ -348,4 +421,4 @@ def test_epsilon_is_recomputed_from_the_events_alone(tmp_path, s):
     recomputed = recompute_epsilon(verification, 1e-6)
     assert recomputed["gdp"] == pytest.approx(spent, rel=1e-12)
     assert recomputed["pld"] == pytest.approx(spent, rel=2e-2)
-    assert recompute_epsilon(dataclasses.replace(verification, rounds=()), 1e-6)["gdp"] == 0
+    assert recompute_epsilon(dataclasses.replace(verification, rounds=Rounds()), 1e-6)["gdp"] == 0

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from common.errors import UmbelError
 from privacy.accounting import gdp_epsilon
 from privacy.participation import max_contributions, mu_max_string
 from umbel.plan import forecast, least_noise
@@ -33,3 +34,54 @@ def test_what_is_no_budget_is_refused(epsilon, rounds):
     """Zero, infinite or NaN budgets and counts that are none are named."""
     with pytest.raises(ValueError, match="Expected"):
         least_noise(epsilon, 1e-6, rounds, 1)
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """A coarser grid for the accountant of sampled rounds, which is quicker and costs a little more epsilon."""
+    monkeypatch.setattr("privacy.amplification._INTERVAL", 1e-3)
+
+
+@pytest.mark.usefixtures("coarse")
+class TestSampling:
+    """What a coin in each round would buy."""
+
+    def test_both_curves_and_both_noises(self):
+        """At the same noise sampling costs less at every round; the noise it needs keeps the budget."""
+        plan = forecast(epsilon=1.0, noise_multiplier=None, delta=1e-6, rounds=20, sampling_probability="0.2")
+        sampled = plan["sampling"]
+        assert [point["round"] for point in sampled["curve"]][-1] == 20
+        assert all(point["epsilon"] < point["epsilon_unamplified"] for point in sampled["curve"])
+        assert sampled["curve"][-1]["epsilon_unamplified"] == plan["epsilon"]
+        assert sampled["epsilon"] == sampled["curve"][-1]["epsilon"] < plan["epsilon"]
+        assert sampled["expected_contributions"] == 4.0
+        assert sampled["noise_multiplier_unamplified"] == plan["noise_multiplier"]
+        assert float(sampled["noise_multiplier"]) < float(plan["noise_multiplier"])
+        ratio = float(sampled["noise_multiplier"]) / 0.2 / float(plan["noise_multiplier"])
+        assert sampled["relative_noise"] == pytest.approx(ratio)
+        assert ratio > 1
+
+    def test_it_says_what_must_hold_and_what_is_missing(self):
+        """The coin's secrecy and the fixed schedule are named, and that no run does this yet."""
+        plan = forecast(epsilon=None, noise_multiplier="4", delta=1e-6, rounds=5, sampling_probability="0.5")
+        assert plan["sampling"]["noise_multiplier"] is None
+        assert plan["sampling"]["supported"] is False
+        notes = " ".join(plan["notes"])
+        assert "keeps it secret" in notes
+        assert "fixed before the first round" in notes
+        assert "does not run sampled rounds" in notes
+
+    def test_without_the_option_there_is_nothing(self):
+        """A plan without a probability is as before, with null."""
+        assert forecast(epsilon=1.0, noise_multiplier=None, delta=1e-6, rounds=5)["sampling"] is None
+
+    @pytest.mark.parametrize("q", ["0", "1.5", "nan", "1e-3"])
+    def test_what_is_no_probability_is_refused(self, q):
+        """Zero, more than one and what is no decimal are bad input."""
+        with pytest.raises(UmbelError, match="sampling_probability"):
+            forecast(epsilon=1.0, noise_multiplier=None, delta=1e-6, rounds=5, sampling_probability=q)
+
+    def test_no_noise_is_not_amplified(self):
+        """There is nothing to amplify without noise."""
+        with pytest.raises(UmbelError, match="noise to amplify"):
+            forecast(epsilon=None, noise_multiplier="0", delta=1e-6, rounds=5, sampling_probability="0.5")

@@ -1,0 +1,100 @@
+"""What releases have cost at several deltas, by each accountant that is installed, side by side."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from math import isfinite
+from typing import Any
+
+from common.errors import UmbelError
+from privacy.accounting import (
+    SMALLEST_DELTA,
+    PrivacySpent,
+    check_agreement,
+    pld_epsilon,
+    rdp_epsilon,
+    spent,
+    total_mu,
+)
+from privacy.gaussian import epsilon_of_mu, replace_one
+
+LOSSES = ("epsilon", "replace_one_epsilon", "pld_epsilon", "prv_epsilon", "rdp_epsilon")
+MOST_PRV_ROUNDS = 100_000
+"""Up to which PRV is asked: importing it takes 300 MB."""
+
+
+def checked_deltas(deltas: Iterable[float], *, default: float | None = None) -> tuple[float, ...]:
+    """Each delta once, in the order given; the default where none is given.
+
+    Raises:
+        UmbelError: If one is out of range.
+    """
+    wanted = tuple(dict.fromkeys(deltas)) or (() if default is None else (default,))
+    for delta in wanted:
+        if not SMALLEST_DELTA <= delta < 1:
+            raise UmbelError(f"Expected {SMALLEST_DELTA} <= delta < 1, got {delta=}. Correct --delta, or leave it out.")
+    return wanted
+
+
+def losses_at(deltas: Sequence[float], *, mu: float, noise_multipliers: Sequence[str] | None, s: int) -> dict[str, Any]:
+    """`mu`, and the worst-case user's epsilon at each delta by each accountant.
+
+    Args:
+        deltas: At least one.
+        mu: Of all releases together, rounded up.
+        noise_multipliers: Of each release, as the ledgers spell them; None where they are not of one s, which leaves
+            the exact formula alone.
+        s: On how many nodes one user's data may be.
+
+    Returns:
+        `mu`; the losses at the first delta by name; `at_deltas`, with a mapping for every delta. None is infinite, or
+        was not computed: PLD and RDP without dp-accounting, PRV without opacus or for more than 100,000 rounds.
+
+    Raises:
+        UmbelError: If accountants contradict each other, or a number is out of range.
+    """
+    rows = [{"delta": delta, **_losses(delta, mu, noise_multipliers, s)} for delta in deltas]
+    return {**rows[0], "mu": _finite(mu), "at_deltas": rows}
+
+
+def void(losses: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without a number, for releases that promise nothing."""
+    rows = [dict.fromkeys(LOSSES) | {"delta": row["delta"]} for row in losses["at_deltas"]]
+    return {**losses, **dict.fromkeys((*LOSSES, "mu")), "at_deltas": rows}
+
+
+def _losses(delta: float, mu: float, noise_multipliers: Sequence[str] | None, s: int) -> dict[str, float | None]:
+    exact: dict[str, float | None] = {
+        "epsilon": _finite(epsilon_of_mu(mu, delta)),
+        "replace_one_epsilon": _finite(replace_one(mu, delta)),
+    }
+    others: dict[str, float | None] = dict.fromkeys(LOSSES[2:])
+    if noise_multipliers is not None and find_spec("dp_accounting") is not None:
+        try:
+            found = _spent(noise_multipliers, delta, s)
+        except ValueError as error:
+            raise UmbelError(str(error)) from error
+        others = {name: _finite(getattr(found, name, None)) for name in others}
+    return exact | others
+
+
+def _spent(noise_multipliers: Sequence[str], delta: float, s: int) -> PrivacySpent:
+    """All accountants, or all but PRV for a ledger so long that its libraries would be most of the memory."""
+    if len(noise_multipliers) <= MOST_PRV_ROUNDS:
+        return spent(noise_multipliers, delta, s)
+    mu = total_mu(noise_multipliers, s)
+    found = PrivacySpent(
+        epsilon=epsilon_of_mu(mu, delta),
+        delta=delta,
+        mu=mu,
+        rho=mu * mu / 2,
+        replace_one_epsilon=replace_one(mu, delta),
+        pld_epsilon=pld_epsilon(noise_multipliers, delta, s),
+        rdp_epsilon=rdp_epsilon(noise_multipliers, delta, s),
+        prv_epsilon=None,
+    )
+    check_agreement(found)
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and isfinite(value) else None

@@ -1,0 +1,143 @@
+"""Whether a released model is the one that follows from the committed releases: all steps again, from the first state.
+
+Every step of the server is a function of public things: the configuration, whose digest is in the run's START line, the
+schema, and the noised sums, whose digests are in COMMIT lines. So the model can be recomputed by whoever has the run
+folder, and a model file that was changed is seen though nothing signs it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from common.config import Config, load_config
+from common.data import DataSchema
+from common.errors import UmbelError
+from common.files import unpack
+from common.model import SharedModel
+from privacy.audit.findings import Target
+from privacy.audit.releases import Releases
+from privacy.audit.verify import Verification
+from privacy.lines import ZERO_HEAD, extend
+from privacy.promise import reasons_against
+from server.algorithms import algorithm_of
+from server.checkpoint import load_model, load_schema
+from server.initialization import tie_breaker
+from server.settings import RunFolder
+
+_TOLERANCE = 1e-6
+"""Of a parameter's largest entry: other processors and libraries round differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCheck:
+    """What became of the attempt.
+
+    Attributes:
+        status: "differs" only where the model, or the configuration it should follow from, is another one.
+        reason: Why it differs, or was not recomputed.
+    """
+
+    status: Literal["recomputed", "not recomputed", "differs"]
+    reason: str = ""
+
+
+def check_model(target: Target, found: Verification) -> ModelCheck:
+    """Recompute the released model of a run folder and compare.
+
+    Args:
+        target: What was audited; a run folder with configuration, schema and model.
+        found: Its ledger; the releases must have been compared with it.
+    """
+    if target.root is None or target.releases is None or target.run is None:
+        return _not_recomputed("only a run folder has the configuration and the schema that it takes.")
+    folder, run = RunFolder(root=target.root), target.run
+    if run not in found.runs:
+        return ModelCheck(status="differs", reason=f"Expected a model of a run of the ledger, got {run=}.")
+    started = found.runs[run]["configuration_digest"]
+    if sha256(folder.config.read_bytes()).hexdigest() != started:
+        return ModelCheck(
+            status="differs",
+            reason=f"Expected {folder.config} as run={run!r} was started (SHA-256 {started[:16]}…), got another.",
+        )
+    released, facts = load_model(folder.model)
+    try:
+        config, schema = load_config(folder.config), load_schema(folder.schema)
+        model = _last_model(config, run, target.releases, found, schema)
+    except UmbelError as error:
+        return _not_recomputed(str(error))
+    except (ValueError, KeyError, IndexError, TypeError):  # what a step says of a layout that is not its own
+        return _not_recomputed("this version of umbel does not take the steps of the one that trained it.")
+    expected = {
+        "run": run,
+        "ledger_id": found.genesis["ledger_id"],
+        "algorithm": config.training.algorithm,
+        "family": config.model.family,
+        "sparsity": config.model.sparsity,
+        "feature_names": list(schema.feature_names),
+        "target_offset": schema.target_offset,
+    }
+    reason = _difference(model, released) or _other_fact(expected, facts) or _other_head(target.ledger, found, facts)
+    return ModelCheck(status="differs", reason=reason) if reason else ModelCheck(status="recomputed")
+
+
+def _not_recomputed(reason: str) -> ModelCheck:
+    return ModelCheck(status="not recomputed", reason=reason)
+
+
+def _last_model(config: Config, run: str, releases: Releases, found: Verification, schema: DataSchema) -> SharedModel:
+    """The model after every committed release of a run, as `server.training` steps."""
+    algorithm = algorithm_of(config)
+    state = algorithm.first_state(schema, tie_breaker(run, config.privacy.seed))
+    for entry in found.rounds.of_run(run):
+        if entry.release_digest is not None:
+            arrays, _ = unpack(releases.path(entry))
+            state = algorithm.step(state, arrays["noised_sum"], entry.event)
+    return state.model
+
+
+def _difference(expected: SharedModel, released: SharedModel) -> str:
+    """The first parameter that differs, in words; an empty string if none does."""
+    for name in ("beta", "U", "b_variance", "noise_variance"):
+        ours, theirs = np.asarray(getattr(expected, name)), np.asarray(getattr(released, name))
+        largest = float(np.max(np.abs(ours), initial=0.0))
+        if ours.shape != theirs.shape:
+            return f"Expected {name} of shape {ours.shape} from the committed sums, got {theirs.shape} in the model."
+        if not np.allclose(theirs, ours, rtol=0.0, atol=_TOLERANCE * largest, equal_nan=True):
+            return (
+                f"Expected {name} as the committed sums make it, got a model that differs by up to "
+                f"{float(np.max(np.abs(theirs - ours))):.2g}, where entries are up to {largest:.2g}."
+            )
+    return ""
+
+
+def _other_fact(expected: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The first fact of the model file that is not what configuration, schema and ledger say."""
+    for name, value in expected.items():
+        if facts.get(name) != value:
+            return f"Expected {name}={value!r} in the released model, got {facts.get(name)!r}."
+    return ""
+
+
+def _other_head(ledger: Path, found: Verification, facts: Mapping[str, Any]) -> str:
+    """What is wrong with the head and the stamp of the model file, which are of when it was written."""
+    sequence = _sequence_of(ledger, str(facts.get("ledger_head")), found.sequence)
+    if sequence is None:
+        return f"Expected a head of this ledger in the released model, got {facts.get('ledger_head')!r}."
+    events = (entry.event for entry in found.rounds if entry.sequence <= sequence)
+    stamp = list(reasons_against(events, str(found.genesis["mu_max"])))
+    return _other_fact({"not_private": stamp}, facts)
+
+
+def _sequence_of(ledger: Path, head: str, last: int) -> int | None:
+    """The line that leaves the ledger with this head."""
+    current = ZERO_HEAD
+    with ledger.open("rb") as lines:
+        for sequence in range(last + 1):
+            current = extend(current, sha256(lines.readline()[:-1]).digest())
+            if current.hex() == head:
+                return sequence
+    return None
