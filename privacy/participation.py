@@ -12,6 +12,7 @@ decimal strings with exact fractions: device, server and auditor come to the sam
 import math
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ def is_unlimited(mu_max: str) -> bool:
     return mu_max == "inf"
 
 
+@lru_cache(maxsize=4096)
 def cost_units(noise_multiplier: str) -> int:
     """What one contribution at this noise multiplier costs: ceil(2^50 / z²).
 
@@ -132,6 +134,7 @@ def admit(spent: IntArray, cost: int, limit: int) -> npt.NDArray[np.bool_]:
     return admitted
 
 
+@lru_cache(maxsize=4096)
 def _decimal(name: str, value: str) -> Fraction:
     if not isinstance(value, str) or _DECIMAL.fullmatch(value) is None:
         raise ValueError(f"Expected {name} to be a decimal string such as '1.250000', got {name}={value!r}.")

@@ -44,6 +44,8 @@ _MOST_RUNS = 4
 _LONGEST_NAME = 14
 # Inches of 72 units each; narrow, so that type stays readable where a phone shrinks the drawing to its width.
 _CURVE_WIDTH, _PANEL_WIDTH = 4.2, 3.6
+_HALF_HEIGHT = 2.0
+_ROOM = 0.12  # beside the outermost points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,82 @@ def error_plots(
         return tuple(drawings)
 
 
+def progress_plot(
+    points: Sequence[tuple[float, float]],
+    *,
+    across: str,
+    upwards: str,
+    name: str,
+    description: str,
+    reference: tuple[str, float] | None = None,
+) -> str:
+    """A number that changes as training goes on.
+
+    Args:
+        points: Where on the horizontal axis, and the number.
+        across: Label of the horizontal axis.
+        upwards: Label of the vertical axis.
+        name: Of the drawing on its page.
+        description: For whoever does not see the plot.
+        reference: Name and height of a line to compare with.
+    """
+    import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
+
+    heights = [height for _, height in points] + ([reference[1]] if reference else [])
+    with mpl.rc_context(SETTINGS):
+        figure, axes = blank_figure(_PANEL_WIDTH, _HALF_HEIGHT)
+        marker = "o" if len(points) <= _MOST_MARKERS else None
+        axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.6, marker=marker, markersize=4, zorder=3)
+        if reference:
+            axes.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=(0, (5, 3)))
+            # to the left, where a curve that falls is far above it
+            where = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(reference[0], (0.02, reference[1]), (0, 4), va="bottom", color=MUTED, **where)
+        axes.set_ylim(*_limits(heights))
+        axes.xaxis.get_major_locator().set_params(integer=all(float(x).is_integer() for x, _ in points))
+        axes.yaxis.grid(True, color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(across)
+        axes.set_ylabel(upwards)
+        return inline_svg(figure, name, description)
+
+
+def bounds_plot(bounds: Sequence[tuple[str, float]], *, claimed: float, description: str) -> str:
+    """Lower bounds on epsilon beside what is claimed; one that is above it stands out.
+
+    Args:
+        bounds: Names and epsilons, from top to bottom.
+        claimed: Epsilon.
+        description: For whoever does not see the plot.
+    """
+    import matplotlib as mpl  # noqa: PLC0415 (half a second, needed only where a report is written)
+
+    with mpl.rc_context(SETTINGS):
+        figure, axes = blank_figure(_CURVE_WIDTH, 0.75 + 0.3 * len(bounds))
+        for position, (_, epsilon) in enumerate(bounds):
+            color = WARN if epsilon > claimed else ACCENT
+            axes.plot([0, epsilon], [position, position], color=color, linewidth=5, solid_capstyle="butt", alpha=0.5)
+            axes.plot(epsilon, position, "D", color=color, markersize=6, clip_on=False, zorder=4)
+        axes.axvline(claimed, color=INK, linewidth=1.2, linestyle=(0, (5, 3)))
+        largest = max(claimed, *(epsilon for _, epsilon in bounds)) or 1.0
+        axes.set_xlim(-0.02 * largest, (1 + _ROOM) * largest)
+        axes.set_ylim(len(bounds) - 0.5, -1)
+        left = claimed > largest / 2
+        axes.annotate(
+            "claimed",
+            (claimed, -0.95),
+            (-4 if left else 4, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="top",
+        )
+        axes.set_yticks(range(len(bounds)), [name for name, _ in bounds])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("epsilon")
+        return inline_svg(figure, "bounds", description)
+
+
 def _error_panel(panel: "Axes", rows: Sequence[ErrorRow], group: str, title: str) -> None:
     panel.set_title(title, size=10, pad=6)
     panel.set_ylim(len(rows) - 0.5, -0.5)
@@ -169,7 +247,7 @@ def _draw_standard_error(panel: "Axes", rows: Sequence[ErrorRow], group: str, st
 def _limits(errors: Sequence[float]) -> tuple[float, float]:
     """Of an axis that has room for all markers."""
     low, high = min(errors, default=0.0), max(errors, default=1.0)
-    margin = 0.12 * (high - low) or 0.5
+    margin = _ROOM * (high - low) or 0.5
     return low - margin, high + margin
 
 

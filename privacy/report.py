@@ -9,32 +9,37 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from common.errors import UmbelError, VerificationError
 from common.files import unpack
-from privacy.accounting import PrivacySpent, mu_curve, spent
+from privacy.accounting import PrivacySpent, mu_curve
+from privacy.audit.losses import losses_at
 from privacy.audit.releases import Releases, run_of, verify_release
 from privacy.audit.verify import Anchor, Verification, verify
 from privacy.disclosure import SIGNATURE_LIMITS, UNPROTECTED, Viewpoint, tuning_note, who_sees_what
-from privacy.gaussian import epsilon_of_mu, replace_one
-from privacy.ledger_state import Event, Round
+from privacy.gaussian import epsilon_of_mu
 from privacy.lines import parse_line
 from privacy.mechanism import delta_fp
 from privacy.participation import is_noiseless, is_unlimited, max_contributions
 from privacy.promise import promise_of_ledger, reasons_against
+from privacy.release_files import Attendance, EmpiricalAudit, RoundMetrics, read_empirical, read_metrics
+from privacy.rounds import Event, Round
 
-FORMAT = 1
+FORMAT = 2
 """Of `report.json`."""
 _DELTAS = (1e-5, 1e-6, 1e-7, 1e-9)
 _MOST_POINTS = 200
 _EDGE_POINTS = 60
-_PACKAGES = ("umbel", "numpy", "flwr", "cryptography", "dp-accounting")
+_MOST_ROUNDS = 10_000  # a record of each, beyond which reports would take gigabytes
+_PACKAGES = ("umbel", "numpy", "scipy", "flwr", "cryptography", "dp-accounting", "opacus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +76,23 @@ class Verified:
 
 @dataclass(frozen=True, kw_only=True)
 class AtDelta:
-    """The whole ledger's epsilon at another delta, rounded up."""
+    """The whole ledger's epsilon at one delta, by each accountant.
+
+    Attributes:
+        delta: What the others are for.
+        epsilon: Exact, rounded up.
+        replace_one_epsilon: Exact, where neighbours swap one user's data.
+        pld_epsilon: By privacy-loss distributions.
+        prv_epsilon: By privacy random variables, an upper bound.
+        rdp_epsilon: By the Rényi accountant, which is looser. Of these three, None is "not computed".
+    """
 
     delta: float
     epsilon: float
     replace_one_epsilon: float
+    pld_epsilon: float | None = None
+    prv_epsilon: float | None = None
+    rdp_epsilon: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +101,6 @@ class CurvePoint:
 
     number: int
     epsilon: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attendance:
-    """How many nodes were invited to a round, how many answered, and the public codes of the refusals."""
-
-    invited: int
-    answered: int
-    refusals: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +125,8 @@ class RoundFacts:
         invited_users: Users on the nodes that were invited.
         outcome: What became of the charge.
         attendance: Of nodes; None where it is not known.
+        residual_scale: Standard deviation of what personal models leave unexplained, as the noised sums up to this
+            round estimate it; None where it is not known.
     """
 
     number: int
@@ -136,6 +146,7 @@ class RoundFacts:
     invited_users: int
     outcome: str
     attendance: Attendance | None
+    residual_scale: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,19 +172,22 @@ class PrivacyReport:
         unit: What is protected.
         neighboring_relation: What one user's data is compared with.
         max_nodes_per_user: s.
+        mu_max: What the filter of one user on one node admits in all, as mu; inf without a limit.
         population_size: Registered users, or None.
         users_per_node: The most users that one node hosts, or None.
         budget_epsilon: What may be spent; inf where nothing is promised.
         budget_delta: Its delta.
         spent: By the worst-case user, over the whole ledger.
-        at_deltas: The same at other deltas.
+        at_deltas: The same at several deltas, by each accountant.
         delta_fp: What finite precision adds to delta.
         curve: Epsilon over rounds; all of them up to 200, then a selection.
         verification: Of the ledger.
         run: The run this report is of, or None.
         runs: Public bodies of the START lines.
-        rounds: All charged rounds.
+        num_rounds: How many rounds were charged.
+        rounds: All of them up to 10,000, then a selection.
         model: The released model, or None.
+        empirical: What an attack on the run has shown, or None where there was none.
         who_sees_what: A table in words.
         unprotected: What epsilon does not cover.
         signature_limits: What a signature cannot show.
@@ -187,6 +201,7 @@ class PrivacyReport:
     unit: str
     neighboring_relation: str
     max_nodes_per_user: int
+    mu_max: float
     population_size: int | None
     users_per_node: int | None
     budget_epsilon: float
@@ -198,8 +213,10 @@ class PrivacyReport:
     verification: Verified
     run: str | None
     runs: Mapping[str, Mapping[str, Any]]
+    num_rounds: int
     rounds: tuple[RoundFacts, ...]
     model: ModelFacts | None
+    empirical: EmpiricalAudit | None
     who_sees_what: tuple[Viewpoint, ...]
     unprotected: tuple[str, ...]
     signature_limits: tuple[str, ...]
@@ -215,7 +232,7 @@ class PrivacyReport:
             self.spent.epsilon,
             self.spent.delta,
             population=self.population,
-            rounds=len(self.rounds),
+            rounds=self.num_rounds,
             runs=len(self.runs),
             max_nodes_per_user=self.max_nodes_per_user,
             reasons_against=self.not_private,
@@ -254,9 +271,12 @@ def report_of(run_root: Path, *, public_key: str | None = None, anchor: Anchor |
         ledger,
         checked,
         run=run,
-        releases_found=sum(entry.run == run and releases.holds(entry) for entry in checked.commits),
-        attendance=_attendance(release / "metrics.jsonl"),
+        releases_found=sum(
+            entry.release_digest is not None and releases.holds(entry) for entry in checked.rounds.of_run(run or "")
+        ),
+        metrics=read_metrics(release / "metrics.jsonl"),
         model=_model_facts(arrays, facts) if arrays else None,
+        empirical=read_empirical(release / "empirical.json"),
     )
 
 
@@ -268,7 +288,7 @@ def report_of_ledger(path: Path, *, public_key: str | None = None, anchor: Ancho
         VerificationError: If it does not even begin with a valid line.
     """
     checked = verify(path, public_key=public_key, anchor=anchor)
-    return _report(path, checked, run=None, releases_found=None, attendance={}, model=None)
+    return _report(path, checked, run=None, releases_found=None, metrics={}, model=None, empirical=None)
 
 
 def read_evaluation(run_root: Path) -> dict[str, Any] | None:
@@ -295,21 +315,20 @@ def _report(
     *,
     run: str | None,
     releases_found: int | None,
-    attendance: Mapping[int, Attendance],
+    metrics: Mapping[int, RoundMetrics],
     model: ModelFacts | None,
+    empirical: EmpiricalAudit | None,
 ) -> PrivacyReport:
     genesis = checked.genesis
     if not genesis:
         raise VerificationError(f"Expected a ledger, got {ledger}: {checked.reason} There is nothing to report.")
     registry = checked.registry or {}
     delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
-    multipliers = [str(event["noise_multiplier"]) for event in checked.events]
-    rounds = tuple(
-        _round_facts(number, entry, genesis["mu_max"], attendance if entry.run == run else {})
-        for number, entry in enumerate(checked.rounds, 1)
-    )
-    total = _spent(multipliers, delta, s)
-    reasons = reasons_against(checked.events, genesis["mu_max"])
+    multipliers, num_rounds = checked.noise_multipliers, len(checked.rounds)
+    mu = mu_curve(multipliers, s)
+    total, at_deltas = _losses(multipliers, mu[-1] if mu else 0.0, delta, s)
+    coordinates, has_statistics = _shape(checked.rounds.events())
+    reasons = reasons_against(checked.rounds.events(), genesis["mu_max"])
     return PrivacyReport(
         not_private=reasons,
         population=genesis["population"],
@@ -317,33 +336,48 @@ def _report(
         unit=genesis["unit"],
         neighboring_relation=genesis["neighboring_relation"],
         max_nodes_per_user=s,
+        mu_max=float(genesis["mu_max"]),
         population_size=registry.get("population_size"),
         users_per_node=registry.get("users_per_node"),
         budget_epsilon=float(genesis["epsilon"]),
         budget_delta=delta,
         spent=total,
-        at_deltas=tuple(_at_delta(total.mu, each) for each in sorted({*_DELTAS, delta}, reverse=True)),
-        delta_fp=delta_fp(total.epsilon, sum(facts.coordinates for facts in rounds), 1) if rounds else 0.0,
-        curve=_curve(multipliers, delta, s),
+        at_deltas=at_deltas,
+        delta_fp=delta_fp(total.epsilon, coordinates, 1) if coordinates else 0.0,
+        curve=tuple(CurvePoint(number=n, epsilon=epsilon_of_mu(mu[n - 1], delta)) for n in shown_rounds(num_rounds)),
         verification=_verified(ledger, checked, releases_found),
         run=run,
         runs=dict(checked.runs),
-        rounds=rounds,
-        model=model,
-        who_sees_what=who_sees_what(
-            registry.get("users_per_node"),
-            is_private=not reasons,
-            statistics=any("A" in facts.shares for facts in rounds),
+        num_rounds=num_rounds,
+        rounds=tuple(
+            _round_facts(number, entry, genesis["mu_max"], metrics if entry.run == run else {})
+            for number in (range(1, num_rounds + 1) if num_rounds <= _MOST_ROUNDS else shown_rounds(num_rounds))
+            for entry in (checked.rounds[number - 1],)
         ),
+        model=model,
+        empirical=empirical,
+        who_sees_what=who_sees_what(registry.get("users_per_node"), is_private=not reasons, statistics=has_statistics),
         unprotected=UNPROTECTED,
         signature_limits=SIGNATURE_LIMITS,
-        tuning=tuning_note(len(checked.runs), len(rounds)),
+        tuning=tuning_note(len(checked.runs), num_rounds),
         versions=_versions(),
     )
 
 
+def _shape(events: Iterable[Event]) -> tuple[int, bool]:
+    """Coordinates of all releases together, and whether one of them has the statistics of AMHT-LRS."""
+    coordinates, has_statistics = 0, False
+    for event in events:
+        coordinates += sum(group["size"] for group in event["groups"])
+        has_statistics = has_statistics or any(group["name"] == "A" for group in event["groups"])
+    return coordinates, has_statistics
+
+
 def _verified(ledger: Path, checked: Verification, releases_found: int | None) -> Verified:
-    lines = ledger.read_bytes().split(b"\n", checked.sequence + 1)
+    with ledger.open("rb") as lines:
+        first = next(lines)
+        # one by one: a long ledger does not fit in memory
+        (last,) = deque(islice(lines, checked.sequence), maxlen=1) or (first,)
     return Verified(
         status=checked.status,
         line=checked.line,
@@ -353,14 +387,14 @@ def _verified(ledger: Path, checked: Verification, releases_found: int | None) -
         head=checked.head,
         public_keys=checked.public_keys,
         torn_bytes=checked.torn_bytes,
-        first_time=parse_line(lines[0]).time,
-        last_time=parse_line(lines[checked.sequence]).time,
+        first_time=parse_line(first.rstrip(b"\n")).time,
+        last_time=parse_line(last.rstrip(b"\n")).time,
         releases_found=releases_found,
     )
 
 
-def _round_facts(number: int, entry: Round, mu_max: str, attendance: Mapping[int, Attendance]) -> RoundFacts:
-    event: Event = entry.event
+def _round_facts(number: int, entry: Round, mu_max: str, metrics: Mapping[int, RoundMetrics]) -> RoundFacts:
+    event, found = entry.event, metrics.get(entry.server_round)
     return RoundFacts(
         number=number,
         run=entry.run,
@@ -378,7 +412,8 @@ def _round_facts(number: int, entry: Round, mu_max: str, attendance: Mapping[int
         initialization=event["initialization"],
         invited_users=entry.invited_users,
         outcome=_outcome(entry),
-        attendance=attendance.get(entry.server_round),
+        attendance=found.attendance if found else None,
+        residual_scale=found.residual_scale if found else None,
     )
 
 
@@ -395,22 +430,33 @@ def _cap(mu_max: str, noise_multiplier: str) -> int | None:
     return max_contributions(mu_max, noise_multiplier)
 
 
-def _spent(multipliers: Sequence[str], delta: float, s: int) -> PrivacySpent:
-    if not any(map(is_noiseless, multipliers)):
-        return spent(multipliers, delta, s)
-    inf = math.inf  # whatever delta is, for which a ledger that promises nothing need not be one accountants accept
-    return PrivacySpent(
-        epsilon=inf, delta=delta, mu=inf, rho=inf, replace_one_epsilon=inf, pld_epsilon=inf, rdp_epsilon=inf
+def _losses(multipliers: Sequence[str], mu: float, delta: float, s: int) -> tuple[PrivacySpent, tuple[AtDelta, ...]]:
+    """What was spent, at the ledger's delta and at several."""
+    deltas, inf = sorted({*_DELTAS, delta}, reverse=True), math.inf
+    if mu == inf:  # whatever delta is, which need not be one accountants accept where nothing is promised
+        total = PrivacySpent(
+            epsilon=inf, delta=delta, mu=inf, rho=inf, replace_one_epsilon=inf, pld_epsilon=inf, rdp_epsilon=inf
+        )
+        return total, tuple(AtDelta(delta=each, epsilon=inf, replace_one_epsilon=inf) for each in deltas)
+    at_deltas = tuple(
+        AtDelta(**row) for row in losses_at(deltas, mu=mu, noise_multipliers=multipliers, s=s)["at_deltas"]
     )
+    return _total(at_deltas[deltas.index(delta)], mu), at_deltas
 
 
-def _at_delta(mu: float, delta: float) -> AtDelta:
-    return AtDelta(delta=delta, epsilon=epsilon_of_mu(mu, delta), replace_one_epsilon=replace_one(mu, delta))
-
-
-def _curve(multipliers: Sequence[str], delta: float, s: int) -> tuple[CurvePoint, ...]:
-    mu = mu_curve(multipliers, s)
-    return tuple(CurvePoint(number=n, epsilon=epsilon_of_mu(mu[n - 1], delta)) for n in shown_rounds(len(mu)))
+def _total(at: AtDelta, mu: float) -> PrivacySpent:
+    if at.pld_epsilon is None or at.rdp_epsilon is None:
+        raise UmbelError("Expected dp-accounting for a report, got none. Run pip install -e '.[simulate]'.")
+    return PrivacySpent(
+        epsilon=at.epsilon,
+        delta=at.delta,
+        mu=mu,
+        rho=mu * mu / 2,
+        replace_one_epsilon=at.replace_one_epsilon,
+        pld_epsilon=at.pld_epsilon,
+        rdp_epsilon=at.rdp_epsilon,
+        prv_epsilon=at.prv_epsilon,
+    )
 
 
 def shown_rounds(count: int) -> list[int]:
@@ -420,21 +466,6 @@ def shown_rounds(count: int) -> list[int]:
     between = _MOST_POINTS - 2 * _EDGE_POINTS
     middle = {_EDGE_POINTS + round(i * (count - 2 * _EDGE_POINTS) / between) for i in range(1, between)}
     return sorted({*range(1, _EDGE_POINTS + 1), *middle, *range(count - _EDGE_POINTS + 1, count + 1)})
-
-
-def _attendance(metrics: Path) -> dict[int, Attendance]:
-    """By round; a line that is torn or not a round's is no reason to have no report."""
-    found: dict[int, Attendance] = {}
-    for line in metrics.read_bytes().splitlines() if metrics.exists() else []:
-        try:
-            numbers = json.loads(line)
-            refusals = {str(code): int(count) for code, count in numbers["refusals"].items()}
-            found[int(numbers["round"])] = Attendance(
-                invited=int(numbers["invited"]), answered=int(numbers["answered"]), refusals=refusals
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found
 
 
 def _model_facts(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> ModelFacts:

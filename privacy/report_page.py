@@ -15,7 +15,9 @@ from typing import Any
 from common.errors import StorageError
 from common.files import write_durably
 from privacy.disclosure import EVALUATION_NOTICE
-from privacy.plots import ErrorRow, epsilon_plot, error_plots
+from privacy.plots import ErrorRow, bounds_plot, epsilon_plot, error_plots, progress_plot
+from privacy.registry_yaml import registry_document, to_yaml
+from privacy.release_files import EmpiricalAudit
 from privacy.report import PrivacyReport, RoundFacts, read_evaluation, report_of, shown_rounds
 from privacy.rounding import counted, rounded_up
 
@@ -32,6 +34,21 @@ _OURS = "umbel (this run)"
 _NOISE = {"ours": "as reported", "alone": "nothing is shared", "non_private": "none"}
 _BASELINE_NOISE = "the same noise"
 _METRICS = {"rmse": "root mean squared error (rmse)", "log_loss": "logarithmic loss"}
+_ACCOUNTANTS = {
+    "epsilon": ("Exact", "the exact Gaussian formula (arXiv:1805.06530): the one that counts"),
+    "pld_epsilon": ("PLD", "privacy-loss distributions of dp-accounting, which must agree with it"),
+    "prv_epsilon": ("PRV", "privacy random variables of opacus (arXiv:2106.02848): an upper bound, up to 0.02 above"),
+    "rdp_epsilon": ("RDP", "Rényi accountant of dp-accounting: looser, and never below"),
+    "replace_one_epsilon": (
+        "Replace-one",
+        "the exact formula for neighbours that swap one user's data for other data instead of for zeros",
+    ),
+}
+_METHODS_OF_ATTACK = {
+    "clopper-pearson": "Counting (Clopper–Pearson)",
+    "one-run": "One run (arXiv:2305.08846)",
+    "gaussian": "Gaussian trade-off",
+}
 _STANDARD_ERRORS = 2  # within so many a difference is taken to be chance
 _MOST_NAMES = 40
 _OWNER_ONLY = 0o600  # an evaluation is for whoever ran the simulation
@@ -79,7 +96,7 @@ class Difference:
 
 
 def write_reports(run_root: Path) -> Path:
-    """Write the reports of a finished run: `release/report.html`, `release/report.json`, and the full page.
+    """Write the reports of a finished run: a page, `report.json` and `registry.yaml` in `release`, and the full page.
 
     Args:
         run_root: The run folder.
@@ -95,6 +112,7 @@ def write_reports(run_root: Path) -> Path:
     public = render(report)
     page, release = run_root / "report.html", run_root / "release"
     write_report(report, html=release / "report.html", machine=release / "report.json", page=public)
+    write_durably(release / "registry.yaml", to_yaml(registry_document(report)).encode())
     full = render(report, evaluation) if evaluation else public
     write_durably(page, full.encode(), mode=_OWNER_ONLY)
     return page
@@ -130,7 +148,8 @@ def render(report: PrivacyReport, evaluation: Mapping[str, Any] | None = None) -
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(up=rounded_up, counted=counted)
     source = files("privacy").joinpath("templates/report.html.jinja").read_text("utf-8")
-    shown = [report.rounds[number - 1] for number in shown_rounds(len(report.rounds))]
+    numbers = set(shown_rounds(report.num_rounds))
+    shown = [facts for facts in report.rounds if facts.number in numbers]
     columns = tuple(_columns(report, shown))
     return environment.from_string(source).render(
         report=report,
@@ -138,6 +157,10 @@ def render(report: PrivacyReport, evaluation: Mapping[str, Any] | None = None) -
         checked=report.verification,
         budget=f"{report.budget_epsilon:g}" if math.isfinite(report.budget_epsilon) else "none",
         epsilon_svg=_epsilon_svg(report),
+        accountants=_ACCOUNTANTS,
+        progress=_progress_svgs(report, shown),
+        caps=sorted({facts.cap for facts in report.rounds if facts.cap is not None}),
+        attack=None if report.empirical is None else _attack_view(report.empirical),
         constant=[column for column in columns if _is_constant(column)],
         varying=[column for column in columns if not _is_constant(column)],
         rows_shown=len(shown),
@@ -152,7 +175,7 @@ def _epsilon_svg(report: PrivacyReport) -> Any:
     if not points:
         return None
     starts: dict[int, str] = {}
-    for facts in report.rounds:
+    for facts in report.rounds if len(report.rounds) == report.num_rounds else ():
         if facts.run not in starts.values():
             starts[facts.number] = facts.run
     description = (
@@ -160,6 +183,54 @@ def _epsilon_svg(report: PrivacyReport) -> Any:
         f"the budget is {report.budget_epsilon:g}."
     )
     return _markup(epsilon_plot(points, budget=report.budget_epsilon, run_starts=starts, description=description))
+
+
+def _progress_svgs(report: PrivacyReport, shown: Sequence[RoundFacts]) -> list[Any]:
+    """The released residual scale over rounds and against epsilon; nothing where it is not learned."""
+    scales = [(facts, facts.residual_scale) for facts in shown if facts.residual_scale is not None]
+    if len({scale for _, scale in scales}) <= 1:
+        return []
+    epsilon = {point.number: point.epsilon for point in report.curve}
+    by_round = [(float(facts.server_round), scale) for facts, scale in scales]
+    by_epsilon = [(epsilon[facts.number], scale) for facts, scale in scales if math.isfinite(epsilon[facts.number])]
+    return _two_plots(by_round, by_epsilon, upwards="residual scale", name="progress")
+
+
+def _two_plots(
+    by_round: Sequence[tuple[float, float]],
+    by_epsilon: Sequence[tuple[float, float]],
+    *,
+    upwards: str,
+    name: str,
+    reference: tuple[str, float] | None = None,
+) -> list[Any]:
+    """A number after rounds, and against the epsilon spent by then."""
+    return [
+        _markup(
+            progress_plot(
+                points,
+                across=across,
+                upwards=upwards,
+                name=f"{name}{number}",
+                description=f"{upwards} against {across}: from {points[0][1]:.4g} to {points[-1][1]:.4g}.",
+                reference=reference,
+            )
+        )
+        for number, (across, points) in enumerate((("rounds of the run", by_round), ("epsilon spent", by_epsilon)))
+        if len(points) > 1
+    ]
+
+
+def _attack_view(found: EmpiricalAudit) -> dict[str, Any]:
+    """What the page shows of an attack: bounds by their names in words, and a plot of them."""
+    bounds = [(_METHODS_OF_ATTACK.get(bound.name, bound.name), bound) for bound in found.bounds]
+    listed = ", ".join(f"{name} {bound.epsilon:.4g}" for name, bound in bounds)
+    description = f"Lower bounds on epsilon: {listed}; claimed is {rounded_up(found.claimed_epsilon)}."
+    heights = [(name.split(" (")[0], bound.epsilon) for name, bound in bounds]
+    return {
+        "bounds": bounds,
+        "svg": _markup(bounds_plot(heights, claimed=found.claimed_epsilon, description=description)),
+    }
 
 
 def _columns(report: PrivacyReport, shown: Sequence[RoundFacts]) -> Iterator[Column]:
@@ -237,6 +308,27 @@ def _evaluation_view(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "differences": _differences(evaluation.get("paired", {})),
         "penalties": {_label(name): value for name, value in evaluation.get("penalties", {}).items()},
         "svgs": _error_svgs(list(rows.values()), groups, standard_error, metric),
+        **_curve_view(evaluation.get("curve", []), rows.get("non_private"), evaluation["metric"]),
+    }
+
+
+def _curve_view(curve: Sequence[Mapping[str, Any]], without_privacy: ErrorRow | None, metric: str) -> dict[str, Any]:
+    """Held-out error over rounds and against epsilon, where it was computed."""
+    points = [
+        (float(point["round"]), _finite(point["epsilon"]), error)
+        for point in curve
+        if (error := _finite(point["error"])) is not None
+    ]
+    reference = None if without_privacy is None else without_privacy.errors.get("overall")
+    return {
+        "curve": points,
+        "curve_svgs": _two_plots(
+            [(number, error) for number, _, error in points],
+            [(epsilon, error) for _, epsilon, error in points if epsilon is not None],
+            upwards=f"held-out {metric.replace('_', ' ')}",
+            name="exact",
+            reference=None if reference is None else ("without privacy", reference),
+        ),
     }
 
 

@@ -1,11 +1,12 @@
 """Whether a released model is the one that follows from the committed releases: all steps again, from the first state.
 
-Every step of the server is a function of public things: the configuration, whose digest is in the run's START line, the
-schema, and the noised sums, whose digests are in COMMIT lines. So the model can be recomputed by whoever has the run
-folder, and a model file that was changed is seen though nothing signs it.
+Every step of the server is a function of public things: the configuration and the schema, whose digests are in the
+run's START line, and the noised sums, whose digests are in COMMIT lines. So the model can be recomputed by whoever has
+the run folder, and a model file that was changed is seen though nothing signs it.
 """
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -57,16 +58,12 @@ def check_model(target: Target, found: Verification) -> ModelCheck:
     folder, run = RunFolder(root=target.root), target.run
     if run not in found.runs:
         return ModelCheck(status="differs", reason=f"Expected a model of a run of the ledger, got {run=}.")
-    started = found.runs[run]["configuration_digest"]
-    if sha256(folder.config.read_bytes()).hexdigest() != started:
-        return ModelCheck(
-            status="differs",
-            reason=f"Expected {folder.config} as run={run!r} was started (SHA-256 {started[:16]}…), got another.",
-        )
+    if (other := _other_start(folder, run, found.runs[run])) is not None:
+        return other
     released, facts = load_model(folder.model)
     try:
         config, schema = load_config(folder.config), load_schema(folder.schema)
-        model = _last_model(config, run, target.releases, found, schema)
+        (model,) = deque(models_of(config, run, target.releases, found, schema), maxlen=1)
     except UmbelError as error:
         return _not_recomputed(str(error))
     except (ValueError, KeyError, IndexError, TypeError):  # what a step says of a layout that is not its own
@@ -84,19 +81,34 @@ def check_model(target: Target, found: Verification) -> ModelCheck:
     return ModelCheck(status="differs", reason=reason) if reason else ModelCheck(status="recomputed")
 
 
+def _other_start(folder: RunFolder, run: str, started: Mapping[str, Any]) -> ModelCheck | None:
+    """What is wrong with configuration or schema, by the digests in the START line; None if nothing is."""
+    digests = {folder.config: started["configuration_digest"], folder.schema: started["schedule"].get("schema")}
+    for path, digest in digests.items():
+        if digest is None:
+            return _not_recomputed(f"the START line of run={run!r} does not say what {path.name} was.")
+        if sha256(path.read_bytes()).hexdigest() != digest:
+            reason = f"Expected {path} as run={run!r} was started (SHA-256 {str(digest)[:16]}…), got another."
+            return ModelCheck(status="differs", reason=reason)
+    return None
+
+
 def _not_recomputed(reason: str) -> ModelCheck:
     return ModelCheck(status="not recomputed", reason=reason)
 
 
-def _last_model(config: Config, run: str, releases: Releases, found: Verification, schema: DataSchema) -> SharedModel:
-    """The model after every committed release of a run, as `server.training` steps."""
+def models_of(
+    config: Config, run: str, releases: Releases, found: Verification, schema: DataSchema
+) -> Iterator[SharedModel]:
+    """The first model, and the one after every committed release of a run, as `server.training` steps."""
     algorithm = algorithm_of(config)
     state = algorithm.first_state(schema, tie_breaker(run, config.privacy.seed))
+    yield state.model
     for entry in found.rounds.of_run(run):
         if entry.release_digest is not None:
             arrays, _ = unpack(releases.path(entry))
             state = algorithm.step(state, arrays["noised_sum"], entry.event)
-    return state.model
+            yield state.model
 
 
 def _difference(expected: SharedModel, released: SharedModel) -> str:

@@ -30,6 +30,7 @@ from server.checkpoint import load_model, save_schema
 from server.registry import registry_of
 from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
 from server.training import ROUNDS_LOG
+from umbel.curve import error_curve
 from umbel.evaluate import paired_difference
 from umbel.plan import affordable_rounds, least_noise, resolve_delta
 from umbel.results import baseline_section, error_section, evaluate, peak_memory_bytes
@@ -360,6 +361,9 @@ def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool
     config, folder, schema = settings.config, settings.folder, settings.schema
     model, _ = load_model(folder.model)
     ours, found, penalties = evaluate(config, schema, model, with_baselines=with_baselines, on_step=progress.step)
+    if with_baselines:
+        progress.step("error over rounds")
+    curve = error_curve(settings) if with_baselines else []
     source = sources.read(config.data, config.model.family)
     population = source.train.num_users
     timed = folder.timings.read_text().splitlines() if folder.timings.exists() else []
@@ -372,6 +376,7 @@ def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool
         "baselines": baseline_section(found),
         "paired": {name: paired_difference(ours, held_out) for name, held_out in found.items()},
         "penalties": penalties,
+        "curve": curve,
         "privacy": privacy_section(config, schema),
         "users": population,
         "data": {"bad_rows_dropped": source.num_bad_rows, "values_clipped": source.num_clipped},

@@ -12,6 +12,7 @@ import pytest
 from common.config import load_config
 from privacy.report import report_of
 from privacy.report_page import read_evaluation, render, write_reports
+from umbel.empirical import empirical_audit
 from umbel.simulate import simulate
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -72,6 +73,7 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs") / "run"
     options = {"data.synthetic.users": 60, "data.synthetic.examples": [5, 40], "training.rounds": 3}
     simulate(load_config(None, options | {"run.out": str(root)}), progress=Silent())
+    empirical_audit(root, canaries=100, seed=0)
     write_reports(root)
     return root
 
@@ -97,14 +99,14 @@ def look(tmp_path: Path, page: Path, width: int, *options):
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
-@pytest.mark.parametrize("width", [360, 1100])
+@pytest.mark.parametrize("width", [360, 400, 1100])
 def test_the_page_renders(tmp_path, run, width):
     """Plots are whole and readable, nothing is asked for, and nothing on the page scrolls sideways, even at 360 px."""
     found = look(tmp_path, run / "report.html", width)
     assert found["sideways"] == 0
     assert found["requests"] == []
     assert found["cut"] == []
-    assert len(found["svgs"]) >= 3
+    assert len(found["svgs"]) >= 8
     assert all(250 < svg["width"] < width and svg["height"] > 80 and svg["label"] for svg in found["svgs"])
     assert found["letters"] >= 11
     assert found["headings"][0] == 1
@@ -135,9 +137,9 @@ def test_hostile_and_long_names_change_nothing(tmp_path, run):
 
 
 def test_the_publishable_page_prints(tmp_path, run):
-    """The page without the evaluation has one plot, and comes out of a printer."""
+    """The page without the evaluation has epsilon, residual scale and attack as plots, and comes out of a printer."""
     found = look(tmp_path, run / "release" / "report.html", 1100)
-    assert len(found["svgs"]) == 1
+    assert len(found["svgs"]) == 4
     paper = tmp_path / "report.pdf"
     chromium(tmp_path / "printing", f"--print-to-pdf={paper}", (run / "release" / "report.html").as_uri())
     assert paper.read_bytes().startswith(b"%PDF")

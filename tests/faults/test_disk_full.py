@@ -80,6 +80,7 @@ TRAINING = (
     ("evaluation/.results.json", 1),
     ("release/.report.json", 1),
     ("release/.report.html", 1),
+    ("release/.registry.yaml", 1),
     ("run/.report.html", 1),
 )
 

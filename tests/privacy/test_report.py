@@ -84,7 +84,8 @@ def write_lines(path, bodies):
     """A ledger without the cost of bringing each line to disk; returns its head, hex."""
     head, data = ZERO_HEAD, b""
     for sequence, (kind, body) in enumerate(bodies):
-        raw = signed_line(sequence=sequence, kind=kind, body=body, previous=head, time="2026-01-31T12:00:00Z", key=KEY)
+        time = f"2026-01-31T12:{sequence // 60 % 60:02d}:{sequence % 60:02d}Z"
+        raw = signed_line(sequence=sequence, kind=kind, body=body, previous=head, time=time, key=KEY)
         head, data = parse_line(raw).head, data + raw + b"\n"
     path.write_bytes(data)
     return head.hex()
@@ -103,6 +104,25 @@ def lines(events, *, run="r", released=(), **about):
         if index < len(released):
             found.append(("COMMIT", {"reserve": reserve, "release_digest": sha256(released[index]).hexdigest()}))
     return found
+
+
+def attack(*epsilons, claimed=0.5):
+    """What an empirical audit writes."""
+    names = ("clopper-pearson", "one-run", "gaussian")
+    return {
+        "canaries": 1234,
+        "threat": "all",
+        "rounds": 3,
+        "claimed": {"epsilon": claimed, "delta": DELTA},
+        "confidence": 0.95,
+        "bounds": [
+            {"name": name, "epsilon": epsilon, "confidence": 0.98, "assumes": f"what {name} assumes"}
+            for name, epsilon in zip(names, epsilons, strict=True)
+        ],
+        "tpr_at_fpr": {"fpr": 0.01, "tpr": 0.0321, "low": 0.0123, "high": 0.0456},
+        "auroc": {"value": 0.567, "low": 0.543, "high": 0.589},
+        "alarm": False,
+    }
 
 
 def run_folder(root, events, *, run="r", names=("a", "b"), results=RESULTS, **about):
@@ -173,9 +193,118 @@ def test_losses_are_those_of_an_outside_accountant(private_run):
     for at in report.at_deltas:
         assert at.epsilon == pytest.approx(get_epsilon_gaussian(1 / mu, at.delta), rel=1e-6)
     assert report.delta_fp == pytest.approx((1 + math.exp(report.spent.epsilon)) * 45 * 2.0**-114)
+    assert report.num_rounds == 3
     assert [point.number for point in report.curve] == [1, 2, 3]
     assert report.curve[-1].epsilon == report.spent.epsilon
     assert report.curve[0].epsilon == pytest.approx(get_epsilon_gaussian(10, DELTA), rel=1e-6)
+
+
+def test_accountants_stand_side_by_side_at_every_delta(private_run):
+    """At each delta there are the exact epsilon, PLD equal to it, PRV and RDP above, and the page has them all."""
+    from dp_accounting import ComposedDpEvent, GaussianDpEvent
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    events = ComposedDpEvent([GaussianDpEvent(z) for z in (10.0, 8.0, 10.0)])
+    report = report_of(private_run)
+    page = (private_run / "release" / "report.html").read_text()
+    assert [at.delta for at in report.at_deltas] == [1e-5, 1e-6, 1e-7, 1e-9]
+    for at in report.at_deltas:
+        assert at.pld_epsilon == pytest.approx(PLDAccountant().compose(events).get_epsilon(at.delta), rel=1e-3)
+        assert at.rdp_epsilon == pytest.approx(RdpAccountant().compose(events).get_epsilon(at.delta), rel=1e-6)
+        assert at.epsilon <= at.prv_epsilon <= at.epsilon + 0.03
+        for epsilon in (at.epsilon, at.pld_epsilon, at.prv_epsilon, at.rdp_epsilon, at.replace_one_epsilon):
+            assert f">{rounded_up(epsilon)}</td>" in page
+    assert report.spent.prv_epsilon == report.at_deltas[1].prv_epsilon
+    for name in ("Exact", "PLD", "PRV", "RDP", "Replace-one"):
+        assert page.count(f">{name}<") == 2  # over its numbers, and beside what it is
+
+
+def test_the_participation_cap_is_said(tmp_path):
+    """How often one user can take part is in words: the filter's mu, and what it admits of rounds like these."""
+    write_lines(tmp_path / "l", lines([event(), event("8.000000")]))
+    report = report_of_ledger(tmp_path / "l")
+    page = render(report)
+    assert report.mu_max == float(genesis()["mu_max"])
+    caps = [int(report.mu_max**2 * z**2) for z in (8, 10)]
+    assert f"above μ = {rounded_up(report.mu_max)}" in page
+    assert f"{caps[0]} to {caps[1]} contributions" in page
+    write_lines(tmp_path / "l", lines([event()], epsilon="inf"))
+    assert "this ledger sets no limit" in render(report_of_ledger(tmp_path / "l"))
+
+
+def test_released_error_is_drawn_over_rounds_and_epsilon(tmp_path):
+    """The residual scale of the metrics is on the public page, twice; one that is never learned is not drawn."""
+    root = run_folder(tmp_path, [event(), event(), event()], results=None)
+    metrics = root / "release" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"round": n, "noise_variance": 9.0 / n**2}) + "\n" for n in (1, 2, 3)))
+    report = report_of(root)
+    page = render(report)
+    assert [facts.residual_scale for facts in report.rounds] == [3.0, 1.5, 1.0]
+    assert all(facts.attendance is None for facts in report.rounds)
+    assert "residual scale against rounds of the run: from 3 to 1." in Tags(page).labels
+    assert "residual scale against epsilon spent: from 3 to 1." in Tags(page).labels
+    assert "not an error on held-out examples" in page
+    metrics.write_text("".join(json.dumps({"round": n, "noise_variance": 4.0}) + "\n" for n in (1, 2, 3)))
+    assert "residual scale" not in render(report_of(root))
+
+
+def test_an_attack_stands_beside_the_claim(tmp_path):
+    """Bounds, what each assumes, TPR and AUROC with intervals are on the page and in the JSON; nothing is wrong."""
+    root = run_folder(tmp_path, [event()], results=None)
+    assert report_of(root).empirical is None
+    (root / "release" / "empirical.json").write_text(json.dumps(attack(0.1234, 0.0, 0.4321)))
+    write_reports(root)
+    page = (root / "release" / "report.html").read_text()
+    for text in (
+        *("0.1234", "0.4321", "98 %", "1,234 made-up users", "no alarm", "all releases"),
+        *("what clopper-pearson assumes", "what one-run assumes", "what gaussian assumes"),
+        *("0.032 (0.012 to 0.046)", "0.567 (0.543 to 0.589)", "No alarm."),
+    ):
+        assert text in page
+    assert any(
+        label.startswith("Lower bounds on epsilon:") and "claimed is 0.5" in label for label in Tags(page).labels
+    )
+    assert "ALARM" not in page
+    machine = json.loads((root / "release" / "report.json").read_text())
+    assert [bound["epsilon"] for bound in machine["empirical"]["bounds"]] == [0.1234, 0.0, 0.4321]
+
+
+def test_an_alarm_comes_before_the_statement(tmp_path):
+    """A bound above the claim is an alarm at the top of the page, whatever the file says of it."""
+    root = run_folder(tmp_path, [event()], results=None)
+    (root / "release" / "empirical.json").write_text(json.dumps(attack(0.1, 0.6, 0.0)))
+    report = report_of(root)
+    page = render(report)
+    assert report.empirical.alarm
+    assert page.index("ALARM") < page.index(report.statement)
+    assert re.search(r'<td class="number bad"[^>]*>0.6<', page)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"canaries": 1}', json.dumps(attack(math.nan, 0, 0))])
+def test_a_broken_attack_is_named(tmp_path, text):
+    """A file that umbel did not write is refused, not shown in part."""
+    root = run_folder(tmp_path, [event()])
+    (root / "release" / "empirical.json").write_text(text)
+    with pytest.raises(UmbelError, match=r"empirical\.json"):
+        report_of(root)
+
+
+def test_exact_errors_over_rounds_are_in_the_evaluation_only(private_run):
+    """The curve of held-out errors is drawn on the page of the run; without finite epsilons, over rounds alone."""
+    curve = [{"round": n, "epsilon": n / 10, "error": 1.5 - n / 9} for n in (0, 1, 3)]
+    reference = {"overall": 0.7, "by_examples": {}}
+    evaluation = {**RESULTS, "curve": curve, "baselines": {"non_private": reference}}
+    page = render(report_of(private_run), evaluation)
+    inside = page[page.index("evaluation-title") : page.index("How much was spent")]
+    assert "held-out rmse against rounds of the run: from 1.5 to 1.167." in inside
+    assert "held-out rmse against epsilon spent: from 1.5 to 1.167." in inside
+    assert "0 → 1.5000, 1 → 1.3889, 3 → 1.1667" in inside
+    endless = [{**point, "epsilon": 0.0 if point["round"] == 0 else None} for point in curve]
+    page = render(report_of(private_run), {**evaluation, "curve": endless})
+    assert "held-out rmse against rounds" in page
+    assert "held-out rmse against epsilon" not in page
+    assert "As training went on" not in render(report_of(private_run), RESULTS)
 
 
 def test_the_statement_names_the_whole_promise(private_run):
@@ -236,7 +365,7 @@ def test_a_release_folder_holds_nothing_of_the_evaluation(private_run):
     numbers = ("0.7654", "0.8123", "0.0235", "0.9877", "1.2346", "0.2222", "0.0333", "0.0556")
     assert EVALUATION_NOTICE in full
     assert all(number in full for number in numbers)
-    for name in ("report.html", "report.json"):
+    for name in ("report.html", "report.json", "registry.yaml"):
         public = (private_run / "release" / name).read_text()
         assert EVALUATION_NOTICE not in public
         assert not any(text in public for text in (*numbers, "0.765", "root mean squared", "valuation: do"))
@@ -452,6 +581,37 @@ def test_long_ledgers_are_shown_in_part(tmp_path):
     assert len(machine["rounds"]) == 300
     assert machine["curve"][-1]["number"] == 300
     assert (tmp_path / "new" / "r.html").read_text() == page
+
+
+def test_very_long_ledgers_are_reported_in_part(tmp_path, monkeypatch):
+    """Where a record of every round would be too much, both reports have a selection, and the losses of all rounds."""
+    bodies = lines([event("100.000000")] * 299 + [event("50.000000")])
+    write_lines(tmp_path / "l", bodies)
+    every = report_of_ledger(tmp_path / "l")
+    monkeypatch.setattr("privacy.report._MOST_ROUNDS", 299)
+    report = report_of_ledger(tmp_path / "l")
+    assert [facts.number for facts in report.rounds] == shown_rounds(300)
+    assert report.num_rounds == 300
+    assert (report.spent, report.delta_fp, report.curve) == (every.spent, every.delta_fp, every.curve)
+    assert report.statement == every.statement
+    page = render(report)
+    assert f"{len(report.rounds)} of 300 rounds" in re.sub(r"<[^>]*>", "", page)
+    assert "has the same ones" in page
+    assert page.replace("has the same ones", "has all") == render(every)
+
+
+def test_when_a_ledger_was_written(tmp_path):
+    """The times are those of the first and the last valid line, also where a later line is not valid."""
+    write_lines(tmp_path / "l", lines([event(), event()]))
+    found = report_of_ledger(tmp_path / "l").verification
+    assert (found.first_time, found.last_time) == ("2026-01-31T12:00:00Z", "2026-01-31T12:00:04Z")
+    data = (tmp_path / "l").read_bytes()
+    (tmp_path / "l").write_bytes(data.replace(b'"round":1', b'"round": 1'))
+    found = report_of_ledger(tmp_path / "l").verification
+    assert (found.line, found.last_time) == (4, "2026-01-31T12:00:02Z")
+    (tmp_path / "l").write_bytes(data.split(b"\n")[0] + b"\n")
+    found = report_of_ledger(tmp_path / "l").verification
+    assert found.first_time == found.last_time == "2026-01-31T12:00:00Z"
 
 
 @given(st.integers(0, 10**6))

@@ -1,0 +1,56 @@
+"""Exact held-out error over the rounds of a simulation: from raw data, for the person who runs it, never published."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client import sources
+from common.families import FAMILIES
+from privacy.accounting import mu_curve
+from privacy.audit.releases import Releases
+from privacy.audit.verify import verify
+from privacy.gaussian import epsilon_of_mu
+from server.algorithms import algorithm_of
+from server.settings import RunSettings
+from umbel.baselines import theta_under, users_of
+from umbel.evaluate import held_out_error
+from umbel.replay import models_of
+
+_MOST_POINTS = 5  # each costs what fitting every user's personal model does
+
+
+def error_curve(settings: RunSettings) -> list[dict[str, Any]]:
+    """The error of all users' personal models under the model before the run, after its last round, and in between.
+
+    Args:
+        settings: A run that has finished training.
+
+    Returns:
+        At most five points, `round` (0 before the first), `epsilon` that the whole ledger had spent by then (None where
+        that is infinite), and `error` (None where nothing is held out).
+    """
+    config, run, schema = settings.config, settings.run, settings.schema
+    found = verify(Path(str(config.run.ledger)))
+    delta, s = float(found.genesis["delta"]), int(found.genesis["max_nodes_per_user"])
+    mu = (0.0, *mu_curve(found.noise_multipliers, s))
+    charged = [
+        (entry.server_round, number)
+        for number, entry in enumerate(found.rounds, 1)
+        if entry.run == run and entry.release_digest
+    ]
+    if not charged:
+        return []
+    steps = [(0, charged[0][1] - 1), *charged]
+    shown = set(np.linspace(0, len(steps) - 1, min(_MOST_POINTS, len(steps))).round().astype(int).tolist())
+    source, family = sources.read(config.data, config.model.family), FAMILIES[config.model.family]
+    users, task = users_of(source.train, schema, family), algorithm_of(config).personal_task
+    releases = Releases(folder=settings.folder.rounds, run=run)
+    points = []
+    for index, model in enumerate(models_of(config, run, releases, found, schema)):
+        if index in shown:
+            server_round, number = steps[index]
+            epsilon = epsilon_of_mu(mu[number], delta)
+            error = held_out_error(theta_under(users, task, model), source.test, source.train, family).error()
+            points.append({"round": server_round, "epsilon": epsilon if np.isfinite(epsilon) else None, "error": error})
+    return points
