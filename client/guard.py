@@ -41,8 +41,8 @@ class Policy:
         max_dimension: The most features d.
         max_rank: The largest rank r.
         max_coordinates: The most numbers in a user's vector.
-        works: What vectors may be made of; "statistics" lets the server that adds the noise compute each user's
-            X'X from a node with one user, so a node's operator has to allow it.
+        works: What vectors may be made of; from a "moment" or "statistics" of a node with one user the server that
+            adds the noise can compute that user's X'X, or y x' of an example, so a node's operator has to allow them.
         max_grid_scale: The largest grid scale K.
         min_clipping_norm: The least clipping norm C.
         max_clipping_norm: The largest.
@@ -59,10 +59,10 @@ class Policy:
     max_dimension: int = 10_000
     max_rank: int = 64
     max_coordinates: int = 1_000_000
-    works: frozenset[str] = frozenset({"gradient", "moment"})
+    works: frozenset[str] = frozenset({"gradient"})
     max_grid_scale: int = max(GRID_SCALES)
     min_clipping_norm: float = 1e-6
-    max_clipping_norm: float = 1e6
+    max_clipping_norm: float = 1e11  # a sum of squares in the target's own units; a ledger spells up to 1e12
     max_deadline_ahead: float = 86_400.0
     allow_not_private: bool = False
 
@@ -188,6 +188,8 @@ def _checked_task(broadcast: Broadcast, policy: Policy) -> Task:
         _refuse("policy_shape", f"a family of {sorted(policy.families)}", "another")
     if task.sparsity > d:
         _refuse("policy_shape", "sparsity <= d", "another sparsity")
+    if (r + task.sparsity) * d > policy.max_coordinates:  # what the solvers keep of a user
+        _refuse("policy_shape", f"(r + sparsity) d <= {policy.max_coordinates}", f"{r=}, {d=}, more sparsity")
     if (task.work != "gradient" or task.fitting is not None) and task.family != "squared":
         _refuse("policy_shape", "squared loss with second moments and statistics", "another family")
     if task.work not in policy.works:

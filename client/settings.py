@@ -25,8 +25,8 @@ class NodeSettings(BaseModel):
         mu_max: Limit of each user on this node, a decimal string or "inf".
         max_users_per_node: The most users in one sum.
         allow_not_private: Answer releases without noise or with seeded noise: for simulations.
-        allow_statistics: Answer AMHT-LRS too, from whose statistics the server that adds the noise can compute X'X
-            of a user who is alone on the node.
+        allow_statistics: Answer AMHT-LRS too, from whose moments and statistics the server that adds the noise can
+            compute X'X of a user who is alone on the node, or y x' of an example where a round uses but one.
         family: Loss family of the target.
         data: The users' data.
     """
@@ -46,7 +46,7 @@ class NodeSettings(BaseModel):
 
     def policy(self) -> Policy:
         """The limits that the guard enforces."""
-        works = frozenset({"gradient", "moment"}) | ({"statistics"} if self.allow_statistics else set())
+        works = frozenset({"gradient"}) | ({"moment", "statistics"} if self.allow_statistics else set())
         return Policy(
             works=works,
             public_key=bytes.fromhex(self.public_key),

@@ -131,7 +131,7 @@ def unpack(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     try:
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
-        facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_FACTS])
+        facts = dict(json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_FACTS]))
         return load(data), facts
     except OSError as error:
         raise UmbelError(f"Expected a file at {path}, got {error.strerror}.") from error

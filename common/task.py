@@ -12,6 +12,7 @@ Moment = Literal["pair-moments", "moments"]
 Solver = Literal["alternation", "joint", "elimination", "pursuit"]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 _LARGEST = 1e12
+_MOST_STEPS = 10_000
 Setting = Annotated[float, Field(ge=0, le=_LARGEST)]
 Thresholds = tuple[float, float, float, float]
 
@@ -46,6 +47,12 @@ class Fitting(_Settings):
     thresholds: Annotated[Thresholds, BeforeValidator(_four)] | None = None
     ridge: Setting = 0.0
 
+    @model_validator(mode="after")
+    def _bounded(self) -> "Fitting":
+        if self.alternations * self.steps > _MOST_STEPS:
+            raise ValueError(f"alternations times steps of at most {_MOST_STEPS}")
+        return self
+
 
 class Task(_Settings):
     """The public settings of a round's computation.
@@ -57,7 +64,8 @@ class Task(_Settings):
             which U starts, or the statistics A and V of AMHT-LRS.
         moment: Which second moment, where the work is one.
         fitting: How users are fitted by AMHT-LRS; None for the posterior of the default algorithm.
-        fold: (index, folds): the part of a user's examples that this round uses; (0, 1) is all of them.
+        fold: (index, folds): the part of a user's examples that this round uses; (0, 1), as always for a gradient, is
+            all of them.
     """
 
     family: str
@@ -73,6 +81,8 @@ class Task(_Settings):
             raise ValueError("0 <= index < folds")
         if self.work == "statistics" and self.fitting is None:
             raise ValueError("fitting, where statistics are asked for")
+        if self.work == "gradient" and self.fold != (0, 1):
+            raise ValueError("all examples, where a gradient is asked for")
         return self
 
     def encode(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def who_sees_what(users_per_node: int | None, *, is_private: bool, statistics: b
     second_moments = (
         " This ledger has rounds of AMHT-LRS, whose statistics hold more: from a node with one user the server could "
         "also compute X'X, the second moments of that user's features: which features the examples have, and how "
-        "often together."
+        "often together; and where a round uses one example of that user, what this example is."
         if statistics
         else ""
     )

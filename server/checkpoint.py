@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.data import DataSchema
+from common.errors import UmbelError
 from common.files import make_folder, pack, storing, unpack, write_durably
 from common.model import SharedModel
 from server.algorithms import State
@@ -70,6 +71,16 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     if not files:
         return None
     arrays, facts = unpack(files[-1])
+    try:
+        return _checkpoint(arrays, facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UmbelError(
+            f"Expected {files[-1]} as this version of umbel writes it, got other fields. Resume with the version that "
+            "started the run."
+        ) from error
+
+
+def _checkpoint(arrays: dict[str, Any], facts: dict[str, Any]) -> Checkpoint:
     model = SharedModel(
         beta=arrays.pop("beta"),
         U=arrays.pop("U"),
@@ -114,12 +125,19 @@ def save_model(path: Path, model: SharedModel, facts: dict[str, object]) -> None
 
 
 def load_model(path: Path) -> tuple[SharedModel, dict[str, object]]:
-    """Inverse of `save_model`."""
+    """Inverse of `save_model`.
+
+    Raises:
+        UmbelError: If it is not a released model.
+    """
     arrays, facts = unpack(path)
-    model = SharedModel(
-        beta=arrays["beta"],
-        U=arrays["U"],
-        b_variance=float(facts.pop("b_variance")),
-        noise_variance=float(facts.pop("noise_variance")),
-    )
+    try:
+        model = SharedModel(
+            beta=arrays["beta"],
+            U=arrays["U"],
+            b_variance=float(facts.pop("b_variance")),
+            noise_variance=float(facts.pop("noise_variance")),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UmbelError(f"Expected a released model at {path}, got another file of umbel's. Restore it.") from error
     return model, facts

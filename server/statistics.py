@@ -16,7 +16,8 @@ from privacy.clipping import may_adapt, next_clipping_norm
 from privacy.layout import Layout, cross_norm, split_groups
 from server.least_squares import leading_directions, solve_for_U
 
-CLIPPING_BOUNDS = (1e-9, 1e9)
+CLIPPING_BOUNDS = (1e-6, 1e11)
+"""As nodes accept by default, and a ledger spells with all digits."""
 _TYPICAL_EXAMPLES = 20.0
 _FIRST_SHARE = 0.25
 
@@ -61,7 +62,7 @@ def first_moment_norm(model: SharedModel, kind: str) -> float:
     In the metric of S a pair moment is about theta theta' with |theta|^2 no more than the variance of y; a sum of
     y^2 x x' has that variance in all d directions.
     """
-    return model.noise_variance * (1.0 if kind == "pair-moments" else math.sqrt(model.dimension))
+    return _within_bounds(model.noise_variance * (1.0 if kind == "pair-moments" else math.sqrt(model.dimension)))
 
 
 def first_statistics_norm(model: SharedModel) -> float:
@@ -70,7 +71,12 @@ def first_statistics_norm(model: SharedModel) -> float:
     |A| = |w|^2 |X'X|, with |X'X| about m tr(S) / sqrt(d) and |w|^2 no more than the variance of y over tr(S) / d. A
     norm that is too small only makes users weigh alike, one that is too large adds noise.
     """
-    return _FIRST_SHARE * model.noise_variance * _TYPICAL_EXAMPLES * math.sqrt(model.dimension)
+    return _within_bounds(_FIRST_SHARE * model.noise_variance * _TYPICAL_EXAMPLES * math.sqrt(model.dimension))
+
+
+def _within_bounds(clipping_norm: float) -> float:
+    low, high = CLIPPING_BOUNDS
+    return min(max(clipping_norm, low), high)
 
 
 def apply_moment(

@@ -154,6 +154,7 @@ class _Loop:
             "epsilon": str(config.privacy.epsilon),
             "delta": str(config.privacy.delta),
             "registry": self.registry.digest,
+            "schema": sha256(self.settings.folder.schema.read_bytes()).hexdigest(),
         }
         digest = self.settings.configuration_digest
         started = ledger.runs.get(run)

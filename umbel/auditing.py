@@ -117,7 +117,7 @@ def _attacked(found: dict[str, Any], finding: Finding, attack: Attack) -> dict[s
     said = ", ".join(f"{bound['name']} {bound['epsilon']:.3g}" for bound in refuted)
     reason = (
         f"Expected lower bounds up to the claimed epsilon={result['claimed']['epsilon']:.3g}, got {said}: "
-        "the run has less noise than its ledger says."
+        "the mechanism, run again as the ledger says, has less noise than it claims."
     )
     return found | {"status": "failed", "exit_code": FAILED, "reason": reason}
 

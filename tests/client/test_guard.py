@@ -16,7 +16,7 @@ from common.errors import REFUSALS, Refused
 from common.model import SharedModel
 from common.records import Broadcast, canonical_json, encode
 from privacy.keys import public_key_hex
-from privacy.layout import SCALARS
+from privacy.layout import SCALARS, group_sizes
 from privacy.lines import ZERO_HEAD, chain, extend, signed_line
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -196,7 +196,7 @@ def test_a_signed_broadcast_with_a_wrong_field_is_refused(change, code):
         (with_event(noise="none", noise_multiplier="0"), "policy_not_private"),
         (with_event(noise="seeded (NOT PRIVATE)"), "policy_not_private"),
         (with_event(clipping_norm="0.0000001"), "policy_clipping"),
-        (with_event(clipping_norm="1000001"), "policy_clipping"),
+        (with_event(clipping_norm="100000000001"), "policy_clipping"),
         (with_event(clipping_norm="0"), "policy_clipping"),
         (with_event(grid_scale=2**17), "policy_shape"),
         (with_event(initialization=True), "policy_shape"),
@@ -224,6 +224,8 @@ def test_a_release_that_the_policy_does_not_allow_is_refused(event, code):
     [
         with_event(noise_multiplier="1"),
         with_event(noise_multiplier="1.000000"),
+        with_event(clipping_norm="0.000001"),
+        with_event(clipping_norm="100000000000"),
         with_event(grid_scale=2**20),
         with_groups(("model", 9, "0.6"), ("scalars", S, "0.8")),
         with_groups(("model", 9, "0.707106782"), ("scalars", S, "0.707106781")),  # 1 + 8e-10
@@ -242,6 +244,7 @@ def test_releases_at_the_edge_of_the_policy_are_accepted(event):
         ({"max_users_per_node": 9}, "policy_users"),
         ({"max_dimension": 2}, "policy_shape"),
         ({"max_rank": 1}, "policy_shape"),
+        ({"works": frozenset({"moment"})}, "policy_work"),
         ({"families": frozenset({"logistic"})}, "policy_shape"),
         ({"min_clipping_norm": 1.6}, "policy_clipping"),
         ({"max_clipping_norm": 1.4}, "policy_clipping"),
@@ -267,6 +270,26 @@ def test_a_simulation_may_allow_what_is_not_private(event):
     policy = dataclasses.replace(POLICY, allow_not_private=True, mu_max="inf")
     assert ask(broadcast(ledger_lines(event)), policy).event == event
     assert code_of(broadcast(ledger_lines(event))) == "policy_not_private"
+
+
+@pytest.mark.parametrize("work", ["moment", "statistics"])
+def test_second_moments_are_given_only_where_the_operator_allows_them(work):
+    """Of a user who is alone on the node they hold examples or their second moments."""
+    sizes = group_sizes(work, D, R)
+    event = with_groups(*((name, size, "0.5") for name, size in sizes.items()))
+    event |= {"initialization": work == "moment"}
+    fitting = {"fitting": {}} if work == "statistics" else {}
+    asked = broadcast(ledger_lines(event), task={"family": "squared", "sparsity": 2, "work": work} | fitting)
+    assert code_of(asked) == "policy_work"
+    assert ask(asked, dataclasses.replace(POLICY, works=frozenset({work}))).task.work == work
+
+
+def test_memory_per_user_is_bounded_whatever_the_task():
+    """A solver keeps (r + sparsity) d numbers of a user, also where nothing is contributed."""
+    policy = dataclasses.replace(POLICY, max_coordinates=(R + 3) * D - 1)
+    for message in (broadcast, fold_in):
+        assert ask(message(ledger_lines(), task={"family": "squared", "sparsity": 2}), policy).task.sparsity == 2
+        assert code_of(message(ledger_lines(), task={"family": "squared", "sparsity": 3}), policy) == "policy_shape"
 
 
 def test_the_reserve_line_must_be_signed_and_be_one():

@@ -47,6 +47,14 @@ def test_a_planted_model_is_recovered_without_noise(tmp_path, initialization):
     assert subspace_distance(after_start.U, truth().U) > 5e-2
 
 
+def test_targets_in_the_ten_thousands_are_no_reason_to_refuse(tmp_path):
+    """Clipping norms are in the target's units, squared, and nodes accept what the server starts with."""
+    settings = PLANTED | {"training__rounds": 3, "data__synthetic__U_scale": 1e4, "data__synthetic__b_scale": 1e4}
+    run = run_real(prepare(configuration(tmp_path, **settings)))
+    assert len(run.releases) == 3
+    assert run.state.clipping_norm > 1e6
+
+
 def test_a_random_start_needs_no_release(tmp_path):
     """All rounds are of statistics."""
     settings = PLANTED | {"training__rounds": 2, "amht__initialization": "random"}
@@ -96,9 +104,10 @@ def test_the_default_algorithm_does_not_say_so(tmp_path):
     assert "X'X" not in report.who_sees_what[1].sees
 
 
-def test_a_node_gives_no_statistics_unless_its_operator_allows_it(tmp_path):
-    """A refusal with a code, before anything is computed."""
-    config = prepare(configuration(tmp_path / "run", **PLANTED, amht__initialization="random"))
+@pytest.mark.parametrize("initialization", ["random", "pair-moments"])
+def test_a_node_gives_no_statistics_unless_its_operator_allows_it(tmp_path, initialization):
+    """A refusal with a code, before anything is computed; the moment for the start is one of them."""
+    config = prepare(configuration(tmp_path / "run", **PLANTED, amht__initialization=initialization))
     path = tmp_path / "run" / "nodes" / "node.toml"
     settings = load_settings(path)
     assert settings.allow_statistics
@@ -106,6 +115,7 @@ def test_a_node_gives_no_statistics_unless_its_operator_allows_it(tmp_path):
     write_durably(path, to_toml(careful.model_dump(exclude_none=True)).encode())
     with pytest.raises(UmbelError, match="policy_work"):
         run_real(config)
+    assert not list((tmp_path / "run" / "release" / "rounds").iterdir())
 
 
 def test_logistic_loss_is_refused_with_a_remedy(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from common.data import DataSchema
 from common.errors import StorageError, UmbelError
+from common.files import pack, unpack
 from common.model import SharedModel
 from server.checkpoint import (
     Checkpoint,
@@ -155,3 +156,15 @@ def test_a_schema_comes_back(tmp_path):
     assert np.array_equal(found.feature_second_moment, schema.feature_second_moment)
     for name in ("feature_names", "target_range", "target_offset", "feature_bound"):
         assert getattr(found, name) == getattr(schema, name)
+
+
+@pytest.mark.parametrize(("field", "value"), [("kind", None), ("U_noise", None), ("kind", "other"), ("newer", 1.0)])
+def test_a_checkpoint_of_another_version_is_refused_with_a_remedy(tmp_path, field, value):
+    """A state with other fields is no reason for a traceback, nor to go on from a guess."""
+    save_checkpoint(tmp_path, Checkpoint(state=random_state(0), sequence=1))
+    (path,) = tmp_path.iterdir()
+    arrays, facts = unpack(path)
+    facts = {name: kept for name, kept in facts.items() if name != field} | ({} if value is None else {field: value})
+    path.write_bytes(pack(arrays, facts))
+    with pytest.raises(UmbelError, match="Resume with the version"):
+        load_checkpoint(tmp_path)

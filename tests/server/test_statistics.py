@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from client.guard import Policy
 from common.config import load_config
 from common.data import DataSchema
 from common.linalg import svec
@@ -14,6 +15,8 @@ from server.algorithms import algorithm_of, largest_layout
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.layout import contribution_layout
 from server.least_squares import subspace_distance, vec
+from server.statistics import CLIPPING_BOUNDS
+from server.training import decimal_string
 
 D, R, USERS = 6, 2, 50
 
@@ -189,3 +192,15 @@ def test_a_feature_that_nobody_has_is_not_made_up_from_truncation():
     release = release_of(event, svec(A[None, :, :])[0] / C, V / cross_norm(C, D), np.zeros(2))
     after = learner.step(state, release - USERS, event)
     assert np.abs(after.model.U[-1]).max() < 0.2
+
+
+@pytest.mark.parametrize(("width", "bound"), [(1e-6, CLIPPING_BOUNDS[0]), (1e7, CLIPPING_BOUNDS[1])])
+@pytest.mark.parametrize("initialization", ["random", "pair-moments", "moments"])
+def test_first_clipping_norms_are_what_nodes_accept(width, bound, initialization):
+    """However wide the declared range, and as a ledger spells it."""
+    learner = algorithm(amht__initialization=initialization)
+    declared = replace(schema(), target_range=(-width, width))
+    state = learner.first_state(declared, np.random.default_rng(0))
+    assert state.clipping_norm == bound
+    policy = Policy(public_key=bytes(32), mu_max="1")
+    assert policy.min_clipping_norm <= float(decimal_string(bound)) <= policy.max_clipping_norm

@@ -1,5 +1,6 @@
 """The audit of runs and ledgers: several deltas, several runs, the model recomputed, the attack, and bad input."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,19 +13,25 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from common.config import load_config
 from common.errors import UmbelError, VerificationError
 from common.files import pack, unpack
 from privacy.audit import audit, audit_together
+from privacy.audit.findings import find_target
 from privacy.audit.losses import losses_at
+from privacy.audit.verify import verify
 from privacy.gaussian import epsilon_of_mu
 from privacy.keys import public_key_hex
 from privacy.ledger import PrivacyLedger
 from privacy.lines import ZERO_HEAD, signed_line
 from privacy.participation import mu_max_string
+from server.checkpoint import load_schema, save_schema
 from umbel import cli
+from umbel.replay import check_model, models_of
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -359,6 +366,59 @@ def test_another_configuration_is_seen(umbel: Command, copied: Path) -> None:
     ended = umbel("audit", copied)
     assert ended.code == 4
     assert "config.toml" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arrays", "facts"),
+    [({}, {"run": "r", "b_variance": 1.0, "noise_variance": 1.0}), ({"beta": [0.0], "U": [[0.0]]}, {})],
+)
+def test_another_file_instead_of_the_model_cannot_be_read(
+    umbel: Command, copied: Path, arrays: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """An exit code and one line, and no traceback."""
+    model = copied / "release/model.safetensors"
+    run = unpack(model)[1]["run"]
+    given = {name: np.array(value) for name, value in arrays.items()}
+    model.write_bytes(pack(given, facts | {"run": run}))
+    ended = umbel("audit", copied)
+    assert ended.code == 2
+    assert "Expected a released model" in ended.err
+
+
+def test_another_schema_is_seen(umbel: Command, copied: Path) -> None:
+    """A schema that was changed together with the model that follows from it fails, by the digest in the START line."""
+    path = copied / "schema.safetensors"
+    schema = load_schema(path)
+    low, high = schema.target_range
+    changed = dataclasses.replace(
+        schema, target_range=(2 * low, 2 * high), feature_names=tuple(reversed(schema.feature_names))
+    )
+    save_schema(path, changed)
+    target = find_target(copied)
+    releases, run = target.releases, target.run
+    assert releases is not None
+    assert run is not None
+    *_, model = models_of(load_config(copied / "config.toml"), run, releases, verify(target.ledger), changed)
+
+    def follow(arrays: dict[str, Any], facts: dict[str, Any]) -> None:
+        arrays.update(beta=model.beta, U=model.U)
+        facts.update(b_variance=model.b_variance, noise_variance=model.noise_variance)
+        facts.update(feature_names=list(changed.feature_names))
+
+    change_model(copied, follow)
+    ended = umbel("audit", copied)
+    assert ended.code == 4
+    assert "schema.safetensors" in ended.out
+
+
+def test_a_run_whose_schema_nothing_signs_is_not_recomputed(finished: Path) -> None:
+    """As of ledgers from before START lines had its digest."""
+    target = find_target(finished)
+    found = verify(target.ledger)
+    (run,) = found.runs
+    older = {name: value for name, value in found.runs[run]["schedule"].items() if name != "schema"}
+    check = check_model(target, dataclasses.replace(found, runs={run: {**found.runs[run], "schedule": older}}))
+    assert (check.status, "schema.safetensors" in check.reason) == ("not recomputed", True)
 
 
 @pytest.mark.parametrize("name", ["config.toml", "schema.safetensors"])
