@@ -103,6 +103,7 @@ SIGNATURE_LIMITS = (
     "is not signed, so in a release folder alone changed bytes in it are not noticed.",
     "That everything done with these people's data was charged here. A second ledger is invisible to the first.",
     "That registered users are different people.",
+    "That an attack which this page shows was made on this run: its file is not signed. Make it again.",
     "That this page is what the ledger says. Recompute it from the ledger.",
 )
 """What remains to be trusted after every signature is found valid."""

@@ -9,6 +9,7 @@ from common.model import Array, SharedModel
 
 _INITIAL_SHARE = 0.2
 """Share of the noise variance that U explains at the start, x'UU'x on a typical example."""
+_TIE_BREAK = 1e-4
 _B_SHARE = 0.1
 """Prior variance of a nonzero of b, in noise variances (features are at most about 1)."""
 
@@ -43,9 +44,11 @@ def initial_model(
         A prior under which x'U w has a fifth of the noise variance on a typical example.
     """
     S = regularized_moment(feature_second_moment)
-    tie_break = np.diag(rng.random(len(S))) * 1e-9 * np.trace(S) / len(S)
+    # wide enough for every library to find the same directions, and one sign for each
+    tie_break = np.diag(rng.random(len(S))) * _TIE_BREAK * np.trace(S) / len(S)
     _, vectors = np.linalg.eigh(S + tie_break)
     U = vectors[:, -rank:] if rank else vectors[:, :0]
+    U = U * np.where(np.take_along_axis(U, np.abs(U).argmax(axis=0)[None, :], axis=0) < 0, -1.0, 1.0)
     if rank:
         U = U * math.sqrt(_INITIAL_SHARE * noise_variance / np.trace(U.T @ S @ U))
     return SharedModel(beta=np.zeros(len(S)), U=U, b_variance=_B_SHARE * noise_variance, noise_variance=noise_variance)
