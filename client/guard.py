@@ -19,8 +19,9 @@ from common.errors import LedgerCorrupt, Refused, VerificationError
 from common.records import Broadcast
 from common.task import Task
 from privacy.layout import GRID_SCALES, group_sizes
-from privacy.lines import ZERO_HEAD, Line, chain, replay, verify_line
+from privacy.lines import ZERO_HEAD, Line, chain, parse_line, replay, verify_line
 from privacy.participation import checked_noise_multiplier, cost_units, is_unlimited, limit_units
+from privacy.sampling import NO_SAMPLING, probability_of, sampled_run
 
 _MODEL_BOUNDS = (1e-12, 1e12)  # of variances and entries: beyond them arithmetic itself would tell users apart
 _SHARE_SLACK = Fraction(1, 10**9)  # shares are rounded square roots; a user's norm is checked in integers
@@ -48,6 +49,9 @@ class Policy:
         max_clipping_norm: The largest.
         max_deadline_ahead: How far away a deadline may be, in seconds.
         allow_not_private: Answer releases without noise or with seeded noise: for simulations.
+        allow_sampling: Answer sampled runs.
+        min_sampling_probability: The least q of one, a decimal string: with very few heads a release is mostly noise.
+        max_sampling_probability: The largest.
     """
 
     public_key: bytes
@@ -65,6 +69,9 @@ class Policy:
     max_clipping_norm: float = 1e11  # a sum of squares in the target's own units; a ledger spells up to 1e12
     max_deadline_ahead: float = 86_400.0
     allow_not_private: bool = False
+    allow_sampling: bool = True
+    min_sampling_probability: str = "0"
+    max_sampling_probability: str = "1"
 
     def __post_init__(self) -> None:
         """Check what the node's configuration said.
@@ -77,6 +84,12 @@ class Policy:
         checked_noise_multiplier(self.min_noise_multiplier)
         if not is_unlimited(self.mu_max):
             limit_units(self.mu_max)
+        if not 0 <= Fraction(self.min_sampling_probability) <= Fraction(self.max_sampling_probability) <= 1:
+            raise ValueError(
+                "Expected 0 <= min_sampling_probability <= max_sampling_probability <= 1, got "
+                f"min_sampling_probability={self.min_sampling_probability!r}, "
+                f"max_sampling_probability={self.max_sampling_probability!r}."
+            )
         if not 0 < self.min_clipping_norm <= self.max_clipping_norm < math.inf:
             raise ValueError(
                 "Expected 0 < min_clipping_norm <= max_clipping_norm < inf, "
@@ -138,6 +151,7 @@ def check(
         line = _reserve_line(broadcast, policy.public_key)
         sequence, head = replay(*acknowledged, broadcast.digests_from, broadcast.digests, [line.raw])
         event = line.body["event"]
+        _check_sampling(event, line, broadcast, policy)
         _check_event(event, task, broadcast, policy)
         return Accepted(broadcast=broadcast, task=task, event=event, sequence=sequence, head=head)
     if broadcast.purpose == "fold_in":
@@ -200,13 +214,15 @@ def _checked_task(broadcast: Broadcast, policy: Policy) -> Task:
 def _reserve_line(broadcast: Broadcast, public_key: bytes) -> Line:
     """The RESERVE line of this round, which alone says how the release is made."""
     try:
-        (text,) = broadcast.lines
+        *before, text = broadcast.lines
         line = verify_line(text.encode("ascii"), public_key.hex())
     except VerificationError as error:
         code = "malformed" if isinstance(error, LedgerCorrupt) else "signature"
         raise Refused(code, "Expected a ledger line signed by the ledger's key, got another.") from error
     except ValueError as error:
-        raise Refused("malformed", "Expected one ledger line in ASCII, got another text.") from error
+        raise Refused("malformed", "Expected a ledger line in ASCII, got another text.") from error
+    if len(before) != (line.kind == "RESERVE" and line.body["event"]["sampling"] != NO_SAMPLING):
+        _refuse("malformed", "one ledger line, and that of START before it for a sampled run", "others")
     named = (line.kind, line.body.get("run"), line.body.get("round"))
     if named != ("RESERVE", broadcast.run, broadcast.server_round):
         _refuse("malformed", "the RESERVE line of this run and round", "another line")
@@ -228,10 +244,41 @@ def _follow(sequence: int, head: bytes, broadcast: Broadcast) -> tuple[int, byte
     return last, chain(head, digests[sequence + 1 - first :])
 
 
+def _check_sampling(event: Mapping[str, Any], line: Line, broadcast: Broadcast, policy: Policy) -> None:
+    """Check that a sampled release is one of the schedule that its run was started with, in this very ledger.
+
+    Amplified epsilon is right only for a schedule that was fixed, and charged as a whole, before the first release.
+    The START line leads, by the digests after it, to the RESERVE line, which leads on from what this node has seen.
+    """
+    q = probability_of(event["sampling"])
+    if q is None:
+        return
+    if not policy.allow_sampling:
+        _refuse("policy_sampling", "a release without sampling", "a sampled one")
+    if not Fraction(policy.min_sampling_probability) <= q <= Fraction(policy.max_sampling_probability):
+        bounds = f"{policy.min_sampling_probability} <= q <= {policy.max_sampling_probability}"
+        _refuse("policy_sampling", bounds, f"q={event['sampling']['poisson']}")
+    try:
+        start = parse_line(broadcast.lines[0].encode("ascii"))
+        schedule = sampled_run(start.body["run"], start.body["schedule"])
+    except (LedgerCorrupt, ValueError, KeyError) as error:
+        raise Refused("malformed", "Expected the START line of a sampled run, got another.") from error
+    after = start.sequence + 1 - broadcast.digests_from
+    if not 0 < after <= len(broadcast.digests) - 1:
+        _refuse("ledger_gap", f"digests from line {start.sequence}", f"digests_from={broadcast.digests_from}")
+    if chain(start.head, broadcast.digests[after:-1]).hex() != line.previous:
+        _refuse("ledger_fork", "a START line of this ledger", "another's")
+    asked = (line.body["run"], event["noise_multiplier"], event["sampling"]["poisson"])
+    if schedule is None or asked != (schedule.run, schedule.noise_multiplier, schedule.sampling_probability):
+        _refuse("policy_sampling", "run, noise and sampling probability of its START line", "others")
+    if not 1 <= broadcast.server_round <= schedule.rounds:
+        _refuse("policy_sampling", f"one of the {schedule.rounds} rounds of its START line", broadcast.server_round)
+
+
 def _check_event(event: Mapping[str, Any], task: Task, broadcast: Broadcast, policy: Policy) -> None:
     """Check a mechanism event, whose fields and their types are known to be right, against the policy."""
-    if event["mechanism"] != "gaussian" or event["sampling"] != "none":
-        _refuse("policy_shape", "one Gaussian release without sampling", "another mechanism")
+    if event["mechanism"] != "gaussian":
+        _refuse("policy_shape", "one Gaussian release", "another mechanism")
     if event["initialization"] != (task.work == "moment"):
         _refuse("policy_shape", "an initialization from a moment and from nothing else", "another")
     _check_noise(event["noise"], event["noise_multiplier"], policy)

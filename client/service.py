@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client.batches import Batch, Chunk
+from client.coins import Coins, seeded
 from client.guard import Accepted, check
 from client.settings import NodeSettings
 from client.shard import Shard, total_contribution
@@ -30,7 +31,9 @@ from common.model import IntArray, PersonalState, SharedModel
 from common.records import Contribution, encode
 from common.task import Task
 from privacy.layout import layout_of_event
+from privacy.lines import SEEDED_NOISE
 from privacy.participation import admit, cost_units, is_noiseless, is_unlimited, limit_units
+from privacy.sampling import probability_of
 
 
 class NodeService:
@@ -95,16 +98,29 @@ class NodeService:
             clipping_norm=float(event["clipping_norm"]),
             layout=layout,
         )
+        coins = self._coins(accepted, event)
+        everybody = np.arange(num_users)
         for _ in range(2):
             # without a limit there is no promise to keep, and users go on contributing
             spent = self._store.spent(self._population.users) if limit < FULL else np.zeros(num_users, np.int64)
             admitted = admit(spent, cost, limit)
-            total = total_contribution(shard, contribution, size=layout.size, admitted=admitted)
+            total = total_contribution(shard, contribution, size=layout.size, admitted=admitted, coins=coins)
+            # a head costs its user what a release without sampling would
+            contributed = admitted if coins is None else admitted & coins.heads(everybody)
             with suppress(ValueError):  # from a user who is no longer within the limit
-                self._charge(accepted, admitted, cost, limit)
+                self._charge(accepted, contributed, cost, limit)
                 return total
         self._charge(accepted, np.zeros(num_users, np.bool_), cost, limit)
         return np.zeros(layout.size, np.int64)
+
+    def _coins(self, accepted: Accepted, event: Mapping[str, Any]) -> Coins | None:
+        """Coins for this release, which are gone with it: a sequence that was charged is never answered again."""
+        probability = probability_of(event["sampling"])
+        if probability is None:
+            return None
+        seed = self._settings.coin_seed if event["noise"] == SEEDED_NOISE else None
+        draw = None if seed is None else seeded(seed, self._name, accepted.sequence)
+        return Coins(self._population.num_users, probability, draw)
 
     def _shard_for(self, task: Task, rank: int) -> Shard:
         """The users as a task needs them; the newest that is not as usual is kept for the next round."""

@@ -25,6 +25,8 @@ class NodeSettings(BaseModel):
         mu_max: Limit of each user on this node, a decimal string or "inf".
         max_users_per_node: The most users in one sum.
         allow_not_private: Answer releases without noise or with seeded noise: for simulations.
+        allow_sampling: Answer sampled runs too, tossing each user's coin here.
+        coin_seed: Makes coins repeat where the noise is seeded, and nowhere else: for simulations.
         allow_statistics: Answer AMHT-LRS too, from whose moments and statistics the server that adds the noise can
             compute X'X of a user who is alone on the node, or y x' of an example where a round uses but one.
         family: Loss family of the target.
@@ -41,6 +43,8 @@ class NodeSettings(BaseModel):
     max_users_per_node: int = 1_000_000
     allow_not_private: bool = False
     allow_statistics: bool = False
+    allow_sampling: bool = True
+    coin_seed: int | None = None
     family: Family = "squared"
     data: DataConfig
 
@@ -54,6 +58,7 @@ class NodeSettings(BaseModel):
             mu_max=self.mu_max,
             max_users_per_node=self.max_users_per_node,
             allow_not_private=self.allow_not_private,
+            allow_sampling=self.allow_sampling,
         )
 
 

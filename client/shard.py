@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from client.batches import Batch, Chunk, cleaned, design_of, form_of, plan_chunks
+from client.coins import Coins
 from common.data import DataSchema, Population
 from common.families import Family
 from common.model import IntArray
@@ -87,20 +88,27 @@ def total_contribution(
     *,
     size: int,
     admitted: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    coins: Coins | None = None,
 ) -> IntArray:
     """`size` int64, the sum of the clipped integer vectors of the admitted users; the others count as zeros.
 
-    A user who raises contributes zeros, see `Shard.isolated`.
+    A user who raises contributes zeros, see `Shard.isolated`. With coins those whose coin shows tails count as zeros
+    too: a coin is tossed when its user's integers are there, and what is done does not depend on what it shows.
 
     Args:
         shard: The node's users.
         contribution: `n x size` int64 of a batch, see `client.work`.
         size: Coordinates D.
         admitted: `n` booleans, whose filter allows this release.
+        coins: Of a sampled release.
     """
 
     def chunk_total(chunk: Chunk, batch: Batch) -> IntArray:
         grid, counts = contribution(batch), admitted[chunk.users]
+        if coins is not None:
+            # a product with every row, so that heads and tails are the same work
+            counted: IntArray = ((counts & coins.heads(chunk.users)).astype(np.int64)[:, None] * grid).sum(axis=0)
+            return counted
         chunk_sum: IntArray = (grid if counts.all() else grid[counts]).sum(axis=0)
         return chunk_sum
 

@@ -176,7 +176,7 @@ class DeviceStore:
             sequence: Sequence number of its RESERVE line.
             head: The ledger's head after that line.
             users: The users the node computed for.
-            mask: `n` bool, whose contribution is in the reply.
+            mask: `n` bool, whose contribution is in the reply; of a sampled release those whose coin showed heads.
             cost: What each of them is charged, in units of 2^-50; `FULL` or more for a release without noise.
             limit: No filter may exceed it. Below `FULL` it is checked again here, under the write lock.
 
@@ -199,12 +199,13 @@ class DeviceStore:
             ).fetchone():
                 raise Refused("replayed", "Expected a sequence that was not answered before, got an answered one.")
             _advance(connection, ledger_id, sequence, head)
-            ids = np.array(self._ids_of(users), np.int64)[mask]
+            ids = np.array(self._ids_of(users), np.int64)
+            size = int(ids.max(initial=-1)) + 1  # of all, so that nobody's coin shows in how much is written
             connection.execute(
                 "INSERT INTO charges (ledger_id, sequence, cost, charged) VALUES (?, ?, ?, ?)",
-                (ledger_id, sequence, cost, _to_bitmap(ids)),
+                (ledger_id, sequence, cost, _to_bitmap(ids[mask], size)),
             )
-            _raise_filters(connection, json.dumps(ids.tolist()), cost, limit)
+            _raise_filters(connection, ids, mask, cost, limit)
 
     def charged(self, ledger_id: str, sequence: int, users: Sequence[str]) -> BoolArray | None:
         """Who was charged when this sequence was answered, in the order of `users`; None if it was not."""
@@ -278,7 +279,7 @@ class DeviceStore:
             connection.execute("UPDATE users SET forgotten = 1 WHERE id = ?", row)
             connection.execute("UPDATE device SET erasing = 1")
             for rowid, charged in connection.execute("SELECT rowid, charged FROM charges").fetchall():
-                others = _to_bitmap(np.setdiff1d(_from_bitmap(charged), row))
+                others = _to_bitmap(np.setdiff1d(_from_bitmap(charged), row), 8 * len(charged))
                 connection.execute("UPDATE charges SET charged = ? WHERE rowid = ?", (others, rowid))
         self._erase()
 
@@ -365,23 +366,27 @@ def _advance(connection: sqlite3.Connection, ledger_id: str, sequence: int, head
         )
 
 
-def _raise_filters(connection: sqlite3.Connection, ids: str, cost: int, limit: int) -> None:
+def _raise_filters(connection: sqlite3.Connection, ids: IntArray, mask: BoolArray, cost: int, limit: int) -> None:
+    """Add the cost to the filters of those in `mask`; the others' are written as they are, which takes as long."""
+    charged, others = json.dumps(ids[mask].tolist()), json.dumps(ids[~mask].tolist())
     ((barred,),) = connection.execute(
         "SELECT EXISTS (SELECT 1 FROM json_each(?) CROSS JOIN users ON users.id = value WHERE forgotten OR spent > ?)",
-        (ids, limit - cost if limit < FULL else FULL),
+        (charged, limit - cost if limit < FULL else FULL),
     )
     if barred:
         raise ValueError("Expected only users that stay within `limit` in `mask`, got another. Admit them first.")
     # Saturating, because SQLite would turn a sum beyond 2^63 into a float.
-    connection.execute(
-        "UPDATE users SET spent = iif(spent > ?1 - ?2, ?1, spent + ?2) WHERE id IN (SELECT value FROM json_each(?3))",
-        (FULL, cost, ids),
-    )
+    for added, some in ((cost, charged), (0, others)):
+        connection.execute(
+            "UPDATE users SET spent = iif(spent > ?1 - ?2, ?1, spent + ?2) "
+            "WHERE id IN (SELECT value FROM json_each(?3))",
+            (FULL, added, some),
+        )
 
 
-def _to_bitmap(ids: IntArray) -> bytes:
-    """Bit i for row id i, the lowest bit of each byte first."""
-    bits = np.zeros(int(ids.max(initial=-1)) + 1, np.uint8)
+def _to_bitmap(ids: IntArray, size: int) -> bytes:
+    """Bit i < size for row id i, the lowest bit of each byte first."""
+    bits = np.zeros(size, np.uint8)
     bits[ids] = 1
     return np.packbits(bits, bitorder="little").tobytes()
 

@@ -7,8 +7,10 @@ Below that edge functions take the numbers they use, not the configuration. What
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -23,6 +25,7 @@ DataFormat: TypeAlias = Literal["auto", "movielens-1m", "movielens-100k", "ratin
 
 _OPTIONS_SOURCE = "command line"
 _SHOWN_CHARACTERS = 60
+_DECIMALS = re.compile(r"0\.[0-9]{1,18}", re.ASCII)
 _EXPECTATIONS = {
     "bool_type": "true or false",
     "string_type": "a text in quotes",
@@ -71,6 +74,15 @@ def _one_or_range(value: Any) -> int | tuple[int, int]:
     if not whole or not 1 <= pair[0] <= pair[1]:
         raise ValueError("a whole number of at least 1, or [low, high] of two of them")
     return pair if isinstance(value, list | tuple) else int(value)
+
+
+def _probability(value: Any) -> Any:
+    """A decimal string below 1, as the ledger spells it: ".1" and 0.1 are "0.1"."""
+    text = format(Decimal(repr(value)), "f") if type(value) is float and math.isfinite(value) else value
+    text = f"0{text}" if isinstance(text, str) and text.startswith(".") else text
+    if text is not None and not (isinstance(text, str) and _DECIMALS.fullmatch(text) and float(text) > 0):
+        raise ValueError("a decimal number above 0 and below 1, such as 0.1")
+    return text
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -277,6 +289,8 @@ class PrivacyConfig(_Section):
         clipping: "adaptive", or a public constant clipping norm.
         seed: Fixes the privacy randomness: the run is then NOT PRIVATE.
         max_users_per_node: A node with more is not invited.
+        sampling_probability: With which each user contributes to a release, by a coin of that user's own device; a
+            decimal string below 1. Without it every user contributes to every release.
     """
 
     epsilon: Annotated[float | Literal["none"], _number_or_word("none")] = 1.0
@@ -286,6 +300,13 @@ class PrivacyConfig(_Section):
     clipping: Annotated[float | Literal["adaptive"], _number_or_word("adaptive")] = "adaptive"
     seed: Seed | None = None
     max_users_per_node: Count = 1_000_000
+    sampling_probability: Annotated[str | None, BeforeValidator(_probability)] = None
+
+    @model_validator(mode="after")
+    def _sampling_has_noise(self) -> "PrivacyConfig":
+        if self.sampling_probability is not None and self.epsilon == "none":
+            raise ValueError("privacy.epsilon to be a number for a sampled run, whose noise sampling amplifies")
+        return self
 
 
 class RunConfig(_Section):
@@ -298,6 +319,7 @@ class RunConfig(_Section):
         resume: Go on with the run that is in `out`.
         name: Of the run in its ledger; the command makes one.
         noise_multiplier: z of each release, from the plan; the command fills it in.
+        capped_mu_max: What runs without sampling may cost on the ledger of a sampled run, from the plan likewise.
     """
 
     out: str | None = None
@@ -306,6 +328,7 @@ class RunConfig(_Section):
     resume: bool = False
     name: str | None = None
     noise_multiplier: str | None = None
+    capped_mu_max: str | None = None
 
 
 class Config(_Section):

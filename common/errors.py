@@ -66,6 +66,7 @@ REFUSALS: Mapping[str, str] = MappingProxyType(
         "ledger_fork": "The ledger differs from what this node acknowledged before.",
         "ledger_rollback": "The ledger ends before a line that this node acknowledged.",
         "replayed": "The ledger line was answered before.",
+        "policy_sampling": "The release is sampled in a way this node does not accept, or not as its run was started.",
         "policy_noise": "The release has less noise than this node accepts.",
         "policy_clipping": "The clipping norm is outside the bounds of this node.",
         "policy_shape": "The computation, or the layout of its contribution, is not one this node accepts.",

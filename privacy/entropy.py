@@ -22,6 +22,7 @@ from mpmath import libmp
 from scipy.special import ndtri
 
 from common.model import Array, IntArray
+from privacy.lines import SEEDED_NOISE
 
 Words = npt.NDArray[np.uint64]
 
@@ -72,7 +73,7 @@ class SeededNoise:
     the sequence number of the ledger line that pays for the release.
     """
 
-    name = "seeded (NOT PRIVATE)"
+    name = SEEDED_NOISE
 
     def __init__(self, seed: int, stream: int) -> None:
         self._label = f"umbel, seeded noise, NOT PRIVATE: {seed} {stream}"

@@ -7,7 +7,8 @@ one RESERVE.
 
 Guarantees, to one user of at most `max_nodes_per_user` nodes, under the zero-out relation: the releases this
 ledger has reserved compose to at most `mu_spent`, as if that user had contributed to each, and `mu_spent`
-stays within the budget of the GENESIS line. That holds for releases whose event names a cryptographic source
+stays within the budget of the GENESIS line; with a sampled run it is the amplified epsilon of its START line that does
+(`privacy.sampling`). That holds for releases whose event names a cryptographic source
 of noise; one with seeded noise is charged alike and is not private. The file shows changes to all but its own
 end; whoever remembers a head shows the rest.
 """
@@ -35,6 +36,7 @@ from privacy.gaussian import epsilon_of_mu
 from privacy.keys import public_key_hex
 from privacy.ledger_state import Event, LedgerState, Reading, Round, read_file
 from privacy.lines import FORMAT, NEIGHBORING_RELATION, UNIT, ZERO_HEAD, Line, chain, parse_line, signed_line
+from privacy.sampling import SampledRun
 
 _FIRST_BYTES = b'{"body":{"delta":'
 
@@ -214,18 +216,50 @@ class PrivacyLedger:
         return self._state.spent_units
 
     @property
+    def capped_units(self) -> float:
+        """The same without those of a sampled run, which its START line has paid for."""
+        return self._state.capped_units
+
+    @property
+    def sampled(self) -> SampledRun | None:
+        """The sampled run, or None."""
+        return self._state.sampled
+
+    @property
+    def sampled_start(self) -> Line | None:
+        """The START line of the sampled run, which nodes want to see with each of its releases."""
+        return self._state.sampled_start
+
+    @property
+    def mu_limit(self) -> str:
+        """What runs without sampling may cost one (user, node) together, a decimal string or "inf"."""
+        return self._state.mu_limit
+
+    @property
     def limit_units(self) -> float:
-        """What `spent_units` may reach; an integer, or inf."""
+        """What `capped_units` may reach; an integer, or inf."""
         return self._state.limit_units
 
     @property
     def mu_spent(self) -> float:
-        """mu of the user who contributed to every release from every node it may be on."""
+        """mu of the user who contributed to every release from every node it may be on, coins not counted on."""
         return self._state.mu_spent()
 
     def epsilon_spent(self, delta: float) -> float:
-        """Epsilon of that user at `delta`; inf after a release without noise."""
-        return epsilon_of_mu(self.mu_spent, delta)
+        """Epsilon of that user at `delta`; inf after a release without noise.
+
+        With a sampled run it is that of its whole schedule and of all that runs without sampling may still spend,
+        as charged when it started.
+
+        Raises:
+            ValueError: With a sampled run, if `delta` is not the ledger's.
+        """
+        sampled = self.sampled
+        if sampled is None:
+            return epsilon_of_mu(self.mu_spent, delta)
+        if delta != float(self.genesis["delta"]):
+            raise ValueError(f"Expected delta={self.genesis['delta']} with a sampled run, got {delta=}. Audit it.")
+        return float(sampled.amplified_epsilon)
 
     def would_exceed(self, event: Event) -> bool:
         """Whether reserving `event` would raise BudgetExhausted."""

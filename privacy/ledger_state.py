@@ -1,8 +1,12 @@
 """What a ledger's lines say together: what was reserved, what became of it, what is spent. Reads, never writes.
 
 The rules are in one place, used for every line that is read and for every line before it is written: one GENESIS,
-START before RESERVE, no round reserved twice, no more rounds and no other noise than START's schedule says (where it
-says), one COMMIT or ABORT at most for a RESERVE, never beyond the budget.
+START before RESERVE, no round reserved twice, no more rounds, no other noise and no other sampling than START's
+schedule says (where it says), one COMMIT or ABORT at most for a RESERVE, never beyond the budget.
+
+A sampled run is charged in its START line, as a whole: with what the runs without sampling may cost besides it, and
+with the epsilon of both together. It is the only one of its ledger and comes before every charge, so that neither
+its schedule nor that share could have been chosen by what a release has shown.
 """
 
 import dataclasses
@@ -27,6 +31,7 @@ from privacy.gaussian import delta_of_epsilon
 from privacy.lines import FORMAT, MAX_LINE, ZERO_HEAD, Line, chain, check_signature, extend, parse_line
 from privacy.participation import UNITS, cost_units, is_noiseless, is_unlimited, limit_units
 from privacy.rounds import Event, Round, Rounds
+from privacy.sampling import NO_SAMPLING, SampledRun, check_charge, poisson, sampled_run
 
 __all__ = ["Event", "LedgerState", "Reading", "Round", "read_file", "read_lines"]
 _CHUNK = 4096
@@ -45,8 +50,13 @@ class LedgerState:
         registry: Body of the last REGISTRY line, or None.
         runs: Bodies of START lines, by run.
         rounds: Every RESERVE line and what became of it, packed, in order.
-        spent_units: Sum of the costs of all RESERVE lines, an integer; inf after one without noise.
-        limit_units: What it may reach, an integer; inf if the ledger promises nothing.
+        spent_units: Sum of the costs of all RESERVE lines, an integer; inf after one without noise. Those of a
+            sampled run count as if everybody had contributed.
+        capped_units: The same without those of a sampled run.
+        limit_units: What `capped_units` may reach, an integer; inf if the ledger promises nothing.
+        mu_limit: The same as mu, a decimal string or "inf".
+        sampled: The sampled run, or None.
+        sampled_start: Its START line.
         counts: Lines by type.
     """
 
@@ -58,7 +68,11 @@ class LedgerState:
     runs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     rounds: Rounds = field(default_factory=Rounds)
     spent_units: float = 0
+    capped_units: float = 0
     limit_units: float = 0
+    mu_limit: str = "0"
+    sampled: SampledRun | None = None
+    sampled_start: Line | None = None
     counts: Counter[str] = field(default_factory=Counter)
     _digests: bytearray = field(default_factory=bytearray)
 
@@ -81,17 +95,24 @@ class LedgerState:
         """Take in a line that has passed `check`."""
         digest = sha256(line.raw).digest()
         self._advance_body(line.kind, line.body, line.sequence)
+        if self.sampled is not None and self.sampled_start is None:
+            self.sampled_start = line
         self.head = extend(self.head, digest)
         self.sequence = line.sequence
         self.counts[line.kind] += 1
         self._digests += digest
 
     def would_exceed(self, event: Event) -> bool:
-        """Whether `event` costs more than is left."""
-        return self.spent_units + _cost(event["noise_multiplier"]) > self.limit_units
+        """Whether `event` costs more than is left; one of a sampled run was paid for by its START line."""
+        if event["sampling"] != NO_SAMPLING:
+            return False
+        return self.capped_units + _cost(event["noise_multiplier"]) > self.limit_units
 
     def mu_spent(self) -> float:
-        """mu of the user who contributed to every release from every node it may be on, rounded up."""
+        """mu of the user who contributed to every release from every node it may be on, rounded up.
+
+        With a sampled run it is what holds whatever the coins have shown, and much more than what is promised.
+        """
         units = self.genesis["max_nodes_per_user"] ** 2 * self.spent_units
         return math.nextafter(math.sqrt(units / UNITS), math.inf) if units else 0.0
 
@@ -136,6 +157,15 @@ class LedgerState:
         rounds, multiplier = body["schedule"].get("rounds", 0), body["schedule"].get("noise_multiplier", "")
         if type(rounds) is not int or not isinstance(multiplier, str):
             raise ValueError(f"Expected rounds as integer and noise_multiplier as text, got {rounds=}, {multiplier=}.")
+        sampled = sampled_run(body["run"], body["schedule"])
+        if sampled is None:
+            return
+        if self.sampled is not None or len(self.rounds):
+            raise ValueError(
+                "Expected a sampled run only as the first that is charged, got a ledger with charges: no filter is "
+                "known for sampling that is chosen after a release. Give it a ledger of its own."
+            )
+        check_charge(sampled, epsilon=self.genesis["epsilon"], limit=self.limit_units)
 
     def _check_reserve(self, body: Mapping[str, Any]) -> None:
         if body["run"] not in self.runs:
@@ -162,26 +192,44 @@ class LedgerState:
             raise ValueError(
                 f"Expected noise_multiplier={planned} as run={body['run']!r} was started, got {multiplier}."
             )
+        is_sampled = self.sampled is not None and self.sampled.run == body["run"]
+        sampling = poisson(self.sampled.sampling_probability if self.sampled and is_sampled else None)
+        if body["event"]["sampling"] != sampling:
+            raise ValueError(
+                f"Expected {sampling=} as run={body['run']!r} was started, got {body['event']['sampling']!r}."
+            )
+        if is_sampled and not 1 <= body["round"] <= schedule["rounds"]:
+            raise ValueError(f"Expected a round of the {schedule['rounds']} of the schedule, got {body['round']}.")
 
     def _advance_body(self, kind: str, body: Mapping[str, Any], sequence: int) -> None:
         match kind:
             case "GENESIS":
                 self.genesis = body
                 self.public_keys.append(body["public_key"])
-                self.limit_units = math.inf if is_unlimited(body["mu_max"]) else limit_units(body["mu_max"])
+                self._limit(body["mu_max"])
             case "REGISTRY":
                 self.registry = body
             case "START":
                 self.runs[body["run"]] = body
+                sampled = sampled_run(body["run"], body["schedule"])
+                if sampled is not None:
+                    self.sampled = sampled
+                    self._limit(sampled.capped_mu_max)
             case "RESERVE":
                 self.rounds.reserve(sequence, body)
-                self.spent_units += _cost(body["event"]["noise_multiplier"])
+                cost = _cost(body["event"]["noise_multiplier"])
+                self.spent_units += cost
+                self.capped_units += cost if body["event"]["sampling"] == NO_SAMPLING else 0
             case "COMMIT":
                 self.rounds.commit(body["reserve"], body["release_digest"])
             case "ABORT":
                 self.rounds.abort(body["reserve"], body["code"])
             case "KEY":
                 self.public_keys.append(body["public_key"])
+
+    def _limit(self, mu_max: str) -> None:
+        self.mu_limit = mu_max
+        self.limit_units = math.inf if is_unlimited(mu_max) else limit_units(mu_max)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ canonical encoding and its body has exactly the fields of its type.
               public_key, format; mu_max is the limit of one (user, node), numbers are decimal strings,
               unit is "user" and neighboring_relation "zero-out"
     REGISTRY  population_size, users_per_node (the most users that one node hosts), digest (of the registry)
-    START     run, schedule (its "rounds" and "noise_multiplier" bind the run, if they are there),
+    START     run, schedule (its "rounds", "noise_multiplier" and "sampling" bind the run, if they are there),
               configuration_digest
     RESERVE   run, round, event, invited_users: charged from here on, for ever
     COMMIT    reserve (the sequence of its RESERVE), release_digest
@@ -39,11 +39,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from common.errors import LedgerCorrupt, Refused, VerificationError
 from common.records import canonical_json
+from privacy.sampling import is_sampling
 
 FORMAT = 1
 UNIT = "user"
 NEIGHBORING_RELATION = "zero-out"
 """The one unit and the one relation that this version's accounting and its promise speak of."""
+SEEDED_NOISE = "seeded (NOT PRIVATE)"
+"""How events spell noise that a seed repeats."""
 ZERO_HEAD = bytes(32)
 MAX_LINE = 2**20
 _SHARE_SLACK = 1e-9  # shares are decimal strings of square roots; a user's norm is checked in integers anyway
@@ -285,9 +288,9 @@ _EVENT: Fields = {
     "groups": _is_groups,
     "initialization": lambda value: isinstance(value, bool),
     "mechanism": lambda value: value == "gaussian",
-    "noise": lambda value: value in ("aes-256-ctr", "none", "seeded (NOT PRIVATE)"),
+    "noise": lambda value: value in ("aes-256-ctr", "none", SEEDED_NOISE),
     "noise_multiplier": _is_decimal,
-    "sampling": lambda value: value == "none",
+    "sampling": is_sampling,
 }
 _BODIES: Mapping[str, Fields] = {
     "GENESIS": {

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from privacy.lines import SEEDED_NOISE
 from privacy.participation import is_unlimited
 from privacy.rounding import counted, rounded_up
 
@@ -17,7 +18,9 @@ NOTHING_PROMISED = "NOT PRIVATE: nothing is promised to anybody. Publish nothing
 _LARGEST_FACTOR_SHOWN = 20.0
 
 
-def promise(releases: str, epsilon: float, delta: float, *, max_nodes_per_user: int = 1) -> str:
+def promise(
+    releases: str, epsilon: float, delta: float, *, max_nodes_per_user: int = 1, is_sampled: bool = False
+) -> str:
     """What releases with noise promise.
 
     Args:
@@ -25,14 +28,16 @@ def promise(releases: str, epsilon: float, delta: float, *, max_nodes_per_user: 
         epsilon: Of all of it together, finite.
         delta: What epsilon is for.
         max_nodes_per_user: On how many nodes one user's data may be.
+        is_sampled: Whether epsilon counts on coins of the users' devices.
     """
+    coins = "; so is each user's device, to toss the coins of sampled rounds and keep them secret" * is_sampled
     factor = f" = {rounded_up(math.exp(epsilon))}" if epsilon < _LARGEST_FACTOR_SHOWN else ""
     nodes = "" if max_nodes_per_user == 1 else f", from up to {max_nodes_per_user} nodes,"
     return (
         f"{releases} is differentially private for each single user with ε = {rounded_up(epsilon)} and "
         f"δ = {rounded_up(delta)}: the probability of anything it could show is at most e^ε{factor} times what it "
         f"would be if all contributions of that user{nodes} were zeros, plus δ, and the other way round (the "
-        "zero-out relation); the server that adds the noise is trusted (central trust)."
+        f"zero-out relation); the server that adds the noise is trusted (central trust){coins}."
     )
 
 
@@ -44,6 +49,7 @@ def promise_of_ledger(
     rounds: int,
     runs: int,
     max_nodes_per_user: int = 1,
+    is_sampled: bool = False,
     reasons_against: Sequence[str] = (),
 ) -> str:
     """What the whole ledger promises.
@@ -55,6 +61,7 @@ def promise_of_ledger(
         rounds: Charged rounds.
         runs: Started runs.
         max_nodes_per_user: On how many nodes one user's data may be.
+        is_sampled: Whether one of the runs is sampled.
         reasons_against: Of the function of that name; nothing is promised if there is one.
     """
     if reasons_against:
@@ -67,7 +74,7 @@ def promise_of_ledger(
         f"Everything released about the users of “{population}” so far, counting the whole ledger "
         f"({counted(rounds, 'charged round')} of {counted(runs, 'run')}),"
     )
-    return promise(releases, epsilon, delta, max_nodes_per_user=max_nodes_per_user)
+    return promise(releases, epsilon, delta, max_nodes_per_user=max_nodes_per_user, is_sampled=is_sampled)
 
 
 def reasons_against(events: Iterable[Mapping[str, Any]], mu_max: str) -> tuple[str, ...]:
@@ -82,7 +89,7 @@ def reasons_against(events: Iterable[Mapping[str, Any]], mu_max: str) -> tuple[s
     reasons = []
     if count := sources["none"]:
         reasons.append(f"{count:,} of {total} had no noise")
-    if count := sources["seeded (NOT PRIVATE)"]:
+    if count := sources[SEEDED_NOISE]:
         reasons.append(f"{count:,} of {total} drew the noise from a seed, and whoever knows the seed can subtract it")
     if not reasons and is_unlimited(mu_max):
         reasons.append("the ledger has no budget, so nothing limits what will be released")

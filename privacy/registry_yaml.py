@@ -68,9 +68,10 @@ def _basic(report: PrivacyReport) -> dict[str, Any]:
 def _privacy_loss(report: PrivacyReport) -> dict[str, Any]:
     spent, promised = report.spent, _is_promised(report)
     details = (
-        f"Epsilon by the exact Gaussian formula, for the whole ledger; the budget is epsilon {_budget(report)} at "
-        f"delta {report.budget_delta:g}. mu-GDP with mu = {rounded_up(spent.mu)}; under replace-one, epsilon is "
-        f"{rounded_up(spent.replace_one_epsilon)}. Finite precision adds {rounded_up(report.delta_fp)} to delta."
+        f"Epsilon by {_formula(report)}, for the whole ledger; the budget is epsilon {_budget(report)} at "
+        f"delta {report.budget_delta:g}. mu-GDP with mu = {rounded_up(spent.mu)}{_no_coins(report)}; "
+        f"under replace-one, epsilon is {rounded_up(spent.replace_one_epsilon)}. "
+        f"Finite precision adds {rounded_up(report.delta_fp)} to delta."
         if promised
         else f"NOT PRIVATE: {report.statement}"
     )
@@ -88,6 +89,25 @@ def _privacy_loss(report: PrivacyReport) -> dict[str, Any]:
         },
         "privacy_parameters_details": details,
     }
+
+
+def _formula(report: PrivacyReport) -> str:
+    return (
+        "privacy-loss distributions of Poisson-sampled releases" if report.is_sampled else "the exact Gaussian formula"
+    )
+
+
+def _no_coins(report: PrivacyReport) -> str:
+    return ", as rho, without counting on sampling" if report.is_sampled else ""
+
+
+def _took_part(report: PrivacyReport) -> str:
+    if report.is_sampled:
+        return (
+            "contributed to each round of the sampled run by the toss of a coin on a device of their own, with "
+            "amplification by Poisson sampling for its whole schedule, fixed beforehand, and to all other releases"
+        )
+    return "contributed to all of them, without amplification by sampling"
 
 
 def _deployment_model(report: PrivacyReport) -> dict[str, Any]:
@@ -108,8 +128,8 @@ def _accounting(report: PrivacyReport) -> dict[str, Any]:
         ),
         "composition": (
             f"Adaptive composition of {counted(report.num_rounds, 'Gaussian release')} in "
-            f"{counted(len(report.runs), 'run')}, for a {report.unit} who contributed to all of them, without "
-            "amplification by sampling. A release is charged to a signed ledger before anything is asked of a node, "
+            f"{counted(len(report.runs), 'run')}, for a {report.unit} who {_took_part(report)}. "
+            "A release is charged to a signed ledger before anything is asked of a node, "
             "and stays charged; a filter on each node stops the contributions of a user whose own limit is reached."
         ),
     }

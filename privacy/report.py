@@ -32,6 +32,7 @@ from privacy.participation import is_noiseless, is_unlimited, max_contributions
 from privacy.promise import promise_of_ledger, reasons_against
 from privacy.release_files import Attendance, EmpiricalAudit, RoundMetrics, read_empirical, read_metrics
 from privacy.rounds import Event, Round
+from privacy.sampling import SampledRun
 
 FORMAT = 2
 """Of `report.json`."""
@@ -224,6 +225,11 @@ class PrivacyReport:
     versions: Mapping[str, str]
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether one of the ledger's runs is: epsilon then counts on coins, and `mu` and `rho` do not."""
+        return any(body["schedule"].get("sampling", "none") != "none" for body in self.runs.values())
+
+    @property
     def statement(self) -> str:
         """What is promised to whom, in one sentence."""
         if self.verification.status == "failed":
@@ -235,6 +241,7 @@ class PrivacyReport:
             rounds=self.num_rounds,
             runs=len(self.runs),
             max_nodes_per_user=self.max_nodes_per_user,
+            is_sampled=self.is_sampled,
             reasons_against=self.not_private,
         )
 
@@ -326,7 +333,7 @@ def _report(
     delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
     multipliers, num_rounds = checked.noise_multipliers, len(checked.rounds)
     mu = mu_curve(multipliers, s)
-    total, at_deltas = _losses(multipliers, mu[-1] if mu else 0.0, delta, s)
+    total, at_deltas = _losses(multipliers, mu[-1] if mu else 0.0, delta, s, checked.sampled)
     coordinates, has_statistics = _shape(checked.rounds.events())
     reasons = reasons_against(checked.rounds.events(), genesis["mu_max"])
     return PrivacyReport(
@@ -344,7 +351,11 @@ def _report(
         spent=total,
         at_deltas=at_deltas,
         delta_fp=delta_fp(total.epsilon, coordinates, 1) if coordinates else 0.0,
-        curve=tuple(CurvePoint(number=n, epsilon=epsilon_of_mu(mu[n - 1], delta)) for n in shown_rounds(num_rounds)),
+        curve=tuple(
+            # a sampled run is charged before its first round, with all that others may spend
+            CurvePoint(number=n, epsilon=total.epsilon if checked.sampled else epsilon_of_mu(mu[n - 1], delta))
+            for n in shown_rounds(num_rounds)
+        ),
         verification=_verified(ledger, checked, releases_found),
         run=run,
         runs=dict(checked.runs),
@@ -406,8 +417,8 @@ def _round_facts(number: int, entry: Round, mu_max: str, metrics: Mapping[int, R
         coordinates=sum(group["size"] for group in event["groups"]),
         grid_scale=event["grid_scale"],
         denominator=event["denominator"],
-        sampling=event["sampling"],
-        cap=_cap(mu_max, event["noise_multiplier"]),
+        sampling=event["sampling"] if event["sampling"] == "none" else f"Poisson, q = {event['sampling']['poisson']}",
+        cap=_cap(mu_max, event["noise_multiplier"]) if event["sampling"] == "none" else None,
         noise=event["noise"],
         initialization=event["initialization"],
         invited_users=entry.invited_users,
@@ -430,17 +441,19 @@ def _cap(mu_max: str, noise_multiplier: str) -> int | None:
     return max_contributions(mu_max, noise_multiplier)
 
 
-def _losses(multipliers: Sequence[str], mu: float, delta: float, s: int) -> tuple[PrivacySpent, tuple[AtDelta, ...]]:
+def _losses(
+    multipliers: Sequence[str], mu: float, delta: float, s: int, sampled: SampledRun | None
+) -> tuple[PrivacySpent, tuple[AtDelta, ...]]:
     """What was spent, at the ledger's delta and at several."""
     deltas, inf = sorted({*_DELTAS, delta}, reverse=True), math.inf
-    if mu == inf:  # whatever delta is, which need not be one accountants accept where nothing is promised
+    # whatever delta is, which need not be one accountants accept where nothing is promised
+    if mu == inf or (sampled is not None and is_unlimited(sampled.capped_mu_max)):
         total = PrivacySpent(
             epsilon=inf, delta=delta, mu=inf, rho=inf, replace_one_epsilon=inf, pld_epsilon=inf, rdp_epsilon=inf
         )
         return total, tuple(AtDelta(delta=each, epsilon=inf, replace_one_epsilon=inf) for each in deltas)
-    at_deltas = tuple(
-        AtDelta(**row) for row in losses_at(deltas, mu=mu, noise_multipliers=multipliers, s=s)["at_deltas"]
-    )
+    rows = losses_at(deltas, mu=mu, noise_multipliers=multipliers, s=s, sampled=sampled)["at_deltas"]
+    at_deltas = tuple(AtDelta(**row) for row in rows)
     return _total(at_deltas[deltas.index(delta)], mu), at_deltas
 
 

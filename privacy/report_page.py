@@ -44,6 +44,10 @@ _ACCOUNTANTS = {
         "the exact formula for neighbours that swap one user's data for other data instead of for zeros",
     ),
 }
+_OF_SAMPLED = {
+    "epsilon": ("Amplified", "of the whole schedule, as PLD has it, between PRV's lower bound and RDP: what counts"),
+    "replace_one_epsilon": ("Replace-one", "by PLD, for neighbours that swap one user's data for other data"),
+}
 _METHODS_OF_ATTACK = {
     "clopper-pearson": "Counting (Clopper–Pearson)",
     "one-run": "One run (arXiv:2305.08846)",
@@ -157,7 +161,7 @@ def render(report: PrivacyReport, evaluation: Mapping[str, Any] | None = None) -
         checked=report.verification,
         budget=f"{report.budget_epsilon:g}" if math.isfinite(report.budget_epsilon) else "none",
         epsilon_svg=_epsilon_svg(report),
-        accountants=_ACCOUNTANTS,
+        accountants=_ACCOUNTANTS | (_OF_SAMPLED if report.is_sampled else {}),
         progress=_progress_svgs(report, shown),
         caps=sorted({facts.cap for facts in report.rounds if facts.cap is not None}),
         attack=None if report.empirical is None else _attack_view(report.empirical),

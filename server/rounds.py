@@ -115,7 +115,7 @@ def apply_round(
         layout: Groups and grid of the release.
         clipping_norm: C that the users clipped with.
         noise_multiplier: z of the release; 0 without noise.
-        denominator: Users of the nodes invited, whoever answered.
+        denominator: Users of the nodes invited, whoever answered; times q of a sampled run.
         adapt_clipping: Whether the configuration lets the clipping norm follow the released bits.
         family: Loss family; only squared loss has a noise variance to learn.
         sparsity: Cap on nonzeros of b while training; 0 leaves b_variance alone.
@@ -128,7 +128,8 @@ def apply_round(
     unit_mean, scalar_mean = split_groups(noised, layout, denominator)
     gradient = clipping_norm * unit_mean.reshape(r + 1, d).T
     noise_stddev = noise_multiplier * clipping_norm / (layout.groups[0].share * denominator)
-    # the true mean is no longer than C: noise that is cannot be signal, and would feed back through the metric
+    # the true mean is no longer than C: noise that is cannot be signal, and would feed back through the metric (and
+    # with coins, more heads than expected are no signal either)
     gradient = gradient * min(1.0, clipping_norm / max(float(np.linalg.norm(gradient)), clipping_norm))
     signal = _signal_share(gradient, noise_stddev)
     elapsed = state.elapsed + max(1 - signal, _LEAST_PROGRESS)
@@ -145,7 +146,7 @@ def apply_round(
     to_own = math.sqrt(layout.groups[1].size) / 2
     bit, presence, reliability, residual, b_score = scalar_mean * to_own
     scalar_stddev = to_own * noise_multiplier / (layout.groups[1].share * denominator)
-    present = max(2 * float(presence), _LEAST_PRESENCE)  # share of the invited users that took part
+    present = max(2 * float(presence), _LEAST_PRESENCE)  # share of the (expected) users that took part
     mean_reliability = float(np.clip(reliability / present + 0.5, *_RELIABILITY_BOUNDS))
     reliability_sum = state.reliability_sum + mean_reliability
     typical = reliability_sum / (state.server_round + 1)

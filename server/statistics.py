@@ -88,7 +88,7 @@ def apply_moment(
         state: Before the round.
         noised: `D` int64, the release.
         layout: Groups and grid of the release.
-        denominator: Users of the nodes invited.
+        denominator: Users of the nodes invited; times q of a sampled run.
         next_clipping_norm: C of the first release of statistics.
     """
     moment, _ = split_groups(noised, layout, denominator)
@@ -116,7 +116,7 @@ def apply_statistics(
         layout: Groups and grid of the release.
         clipping_norm: C that the users clipped with.
         noise_multiplier: z of the release; 0 without noise.
-        denominator: Users of the nodes invited, whoever answered.
+        denominator: Users of the nodes invited, whoever answered; times q of a sampled run.
         adapt_clipping: Whether the clipping norm follows the released bits.
     """
     d, r = state.model.U.shape

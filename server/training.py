@@ -8,7 +8,7 @@ charge without a release, which stays a charge, or a staged release, which is ex
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -21,18 +21,21 @@ from common.files import append_line, clear_leftovers, cut_torn_line, make_folde
 from common.model import IntArray
 from common.records import Broadcast
 from common.task import Task
+from privacy.amplification import Schedule
 from privacy.entropy import NoiseSource, NoNoise, SeededNoise, SystemNoise
 from privacy.layout import Layout, groups_of_event
 from privacy.ledger import PrivacyLedger, Reservation
 from privacy.mechanism import check_capacity, release
 from privacy.participation import is_noiseless
 from privacy.promise import reasons_against
+from privacy.sampling import poisson
 from server.algorithms import State, algorithm_of, largest_layout
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
 from server.initialization import tie_breaker
 from server.layout import contribution_layout
 from server.registry import Registry
 from server.replies import Answer, Replies, check_refusals, identity_in
+from server.sampling import charge_of, expected_users
 from server.settings import RunSettings
 
 ROUNDS_LOG = logging.getLogger("umbel.rounds")
@@ -147,10 +150,10 @@ class _Loop:
             VerificationError: If the run was started with another configuration, schedule or registry.
         """
         config, ledger, run = self.settings.config, self.ledger, self.settings.run
-        schedule = {
+        schedule: dict[str, Any] = {
             "rounds": config.training.rounds,
             "noise_multiplier": self.settings.noise_multiplier,
-            "sampling": "none",
+            "sampling": poisson(config.privacy.sampling_probability),
             "epsilon": str(config.privacy.epsilon),
             "delta": str(config.privacy.delta),
             "registry": self.registry.digest,
@@ -158,6 +161,8 @@ class _Loop:
         }
         digest = self.settings.configuration_digest
         started = ledger.runs.get(run)
+        if config.privacy.sampling_probability is not None:
+            schedule |= self._charge() if started is None else _charged(started["schedule"])
         if started is not None and (started["schedule"], started["configuration_digest"]) != (schedule, digest):
             raise VerificationError(
                 f"Expected run {run} as it was started, got another configuration or registry in "
@@ -167,6 +172,16 @@ class _Loop:
             ledger.record_registry(self.registry.population_size, self.registry.users_per_node, self.registry.digest)
         if started is None:
             ledger.start(run, schedule, digest)
+
+    def _charge(self) -> dict[str, str]:
+        """What START says of a sampled run's cost."""
+        config = self.settings.config
+        planned = Schedule(
+            noise_multiplier=self.settings.noise_multiplier,
+            sampling_probability=str(config.privacy.sampling_probability),
+            rounds=config.training.rounds,
+        )
+        return charge_of(self.ledger, planned, config.run.capped_mu_max or "0")
 
     @property
     def rounds_left(self) -> int:
@@ -303,9 +318,9 @@ class _Loop:
             "clipping_norm": decimal_string(self.state.clipping_norm),
             "grid_scale": layout.grid_scale,
             "groups": groups_of_event(layout),
-            "denominator": sum(self.users.values()),
+            "denominator": expected_users(sum(self.users.values()), self.settings.config.privacy.sampling_probability),
             "noise": noise.name,
-            "sampling": "none",
+            "sampling": poisson(self.settings.config.privacy.sampling_probability),
             "initialization": task.work == "moment",
         }
 
@@ -313,12 +328,17 @@ class _Loop:
         self, purpose: str, task: Task, server_round: int, node_ids: list[int], reservation: Reservation | None
     ) -> bytes:
         since = min((self.acknowledged.get(node_id, -1) for node_id in node_ids), default=-1)
+        lines: tuple[str, ...] = () if reservation is None else (reservation.raw_line.decode("ascii"),)
+        start = self.ledger.sampled_start
+        if reservation is not None and start is not None and start.body["run"] == self.settings.run:
+            # a node works for no sampled release without the schedule, which has to lead up to it
+            since, lines = min(since, start.sequence - 1), (start.raw.decode("ascii"), *lines)
         return Broadcast(
             ledger_id=self.ledger.ledger_id,
             run=self.settings.run,
             server_round=server_round,
             purpose=purpose,
-            lines=() if reservation is None else (reservation.raw_line.decode("ascii"),),
+            lines=lines,
             digests_from=since + 1,
             digests=self.ledger.digests_since(since),
             deadline=int(time.time() + self.settings.config.training.round_timeout) + 1,
@@ -376,6 +396,11 @@ class _Loop:
         # how long it took depends on users' data: for the person at the machine only
         append_line(self.settings.folder.timings, json.dumps({"round": server_round, "seconds": seconds}).encode())
         ROUNDS_LOG.info("round", extra={"round": numbers})
+
+
+def _charged(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """What the START line of a run that goes on says of its cost: that is never computed anew."""
+    return {name: schedule.get(name) for name in ("capped_mu_max", "amplified_epsilon")}
 
 
 def decimal_string(value: float) -> str:

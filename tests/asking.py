@@ -15,6 +15,7 @@ from common.records import Broadcast, Contribution
 from privacy.keys import public_key_hex
 from privacy.layout import groups_of_event
 from privacy.lines import ZERO_HEAD, extend, signed_line
+from privacy.sampling import poisson
 from server.layout import contribution_layout
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -23,13 +24,23 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 class Asker:
     """Asks for releases of one model, without noise unless `noise_multiplier` is given."""
 
-    def __init__(self, model: SharedModel, *, noise_multiplier: str = "0", sparsity: int = 1) -> None:
+    def __init__(
+        self,
+        model: SharedModel,
+        *,
+        noise_multiplier: str = "0",
+        sparsity: int = 1,
+        sampling_probability: str | None = None,
+        seeded: bool = False,
+    ) -> None:
         """Start a ledger.
 
         Args:
             model: The prior of every release.
             noise_multiplier: Decimal string.
             sparsity: Cap on nonzeros of b.
+            sampling_probability: Of a run whose START line the ledger then begins with.
+            seeded: Whether the noise is.
         """
         self._model, self._sparsity = model, sparsity
         self._lines: list[bytes] = []
@@ -43,29 +54,41 @@ class Asker:
             "grid_scale": self.layout.grid_scale,
             "groups": groups_of_event(self.layout),
             "denominator": 10,
-            "noise": "aes-256-ctr" if private else "none",
-            "sampling": "none",
+            "noise": ("seeded (NOT PRIVATE)" if seeded else "aes-256-ctr") if private else "none",
+            "sampling": poisson(sampling_probability),
             "initialization": False,
         }
+        self._start: tuple[str, ...] = ()
+        if sampling_probability is not None:
+            cost = {"capped_mu_max": "0", "amplified_epsilon": "1"}
+            schedule = {"rounds": 100, "noise_multiplier": noise_multiplier, "sampling": poisson(sampling_probability)}
+            body = {"run": "run", "schedule": schedule | cost, "configuration_digest": "0" * 64}
+            self._start = (self._add("START", body).decode(),)
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last line."""
+        return len(self._lines) - 1
 
     def train(self) -> tuple[bytes, bytes]:
         """A new release: payload and signature."""
         server_round = len(self._lines) + 1
-        line = signed_line(
-            sequence=len(self._lines),
-            kind="RESERVE",
-            body={"run": "run", "round": server_round, "event": self._event, "invited_users": 10},
-            previous=self._head,
-            time="2026-11-20T09:00:00Z",
-            key=KEY,
-        )
-        self._lines.append(line)
-        self._head = extend(self._head, hashlib.sha256(line).digest())
-        return self._signed(server_round=server_round, purpose="train", lines=(line.decode(),))
+        body = {"run": "run", "round": server_round, "event": self._event, "invited_users": 10}
+        line = self._add("RESERVE", body)
+        return self._signed(server_round=server_round, purpose="train", lines=(*self._start, line.decode()))
 
     def fold_in(self) -> tuple[bytes, bytes]:
         """A message that asks for no contribution."""
         return self._signed(server_round=0, purpose="fold_in", lines=())
+
+    def _add(self, kind: str, body: dict[str, Any]) -> bytes:
+        sequence = len(self._lines)
+        line = signed_line(
+            sequence=sequence, kind=kind, body=body, previous=self._head, time="2026-11-20T09:00:00Z", key=KEY
+        )
+        self._lines.append(line)
+        self._head = extend(self._head, hashlib.sha256(line).digest())
+        return line
 
     def _signed(self, **fields: Any) -> tuple[bytes, bytes]:
         digests = b"".join(hashlib.sha256(line).digest() for line in self._lines)
@@ -83,12 +106,11 @@ class Asker:
         return payload, KEY.sign(payload)
 
 
-def node(data: DataConfig, *, store: str = ":memory:", mu_max: str = "inf") -> NodeService:
+def node(data: DataConfig, *, store: str = ":memory:", mu_max: str = "inf", **settings: Any) -> NodeService:
     """A node with all users of a source, which answers releases without noise too."""
-    settings = NodeSettings(
-        store=store, public_key=public_key_hex(KEY), ledger_id="L", mu_max=mu_max, allow_not_private=True, data=data
-    )
-    return NodeService(settings, 0, 1)
+    settings |= {"store": store, "mu_max": mu_max, "data": data}
+    known = NodeSettings(public_key=public_key_hex(KEY), ledger_id="L", allow_not_private=True, **settings)
+    return NodeService(known, 0, 1)
 
 
 def total_of(service: NodeService, message: tuple[bytes, bytes]) -> IntArray:

@@ -192,7 +192,7 @@ def _run(config: Config, app: Any, broadcasts: dict[int, Broadcast], faults: Fau
 
 def _record(broadcasts: dict[int, Broadcast], payload: bytes) -> int:
     broadcast = Broadcast.decode(payload)
-    sequence = int(json.loads(broadcast.lines[0])["sequence"])
+    sequence = int(json.loads(broadcast.lines[-1])["sequence"])
     broadcasts[sequence] = broadcast
     return sequence
 

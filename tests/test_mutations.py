@@ -16,6 +16,7 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+import client.coins
 import client.contribution
 import client.service
 import client.shard
@@ -24,8 +25,10 @@ import client.work
 import server.algorithms
 import server.replies
 import server.training
+from client.app import app as real_client_app
 from client.batches import Design
 from client.shard import Shard
+from client.sources import node_data
 from client.store import DeviceStore
 from common import wire
 from common.config import Config
@@ -313,6 +316,78 @@ def no_charge_on_the_device(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(client.store.DeviceStore, "charge", lambda *_, **__: None)
 
 
+def check_coins_are_tossed_once_by_each_device(folder: Path) -> None:
+    """Through the real apps: each user tosses once a round; heads, and nobody else, are in the sum and charged.
+
+    The coins show heads for every second user, then for nobody, then for all. A reply is as large for each of them.
+    """
+    sampled = {"privacy__epsilon": 4.0, "privacy__seed": None, "privacy__sampling_probability": "0.5"}
+    config = prepare(configuration(folder, training__rounds=3, training__nodes=1, **sampled))
+    tosses: list[int] = []
+
+    def scripted(user: int) -> int:
+        server_round = len(tosses) // 12
+        tosses.append(user)
+        return 0 if (server_round == 0 and user % 2 == 0) or server_round == 2 else 2**64 - 1
+
+    replies: list[bytes] = []
+
+    def recorded(message: Message, context: Context) -> Message:
+        answer = real_client_app(message=message, context=context)
+        if message.metadata.message_type == "train.contribute":
+            replies.append(wire.read_answer(answer))
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.coins, "_from_the_system", scripted)
+        patch.setattr("tests.federation.real_client_app", recorded)
+        run = run_real(config)
+    assert sorted(tosses) == sorted([*range(12)] * 3)
+    assert len({len(reply) for reply in replies}) == 1
+    everybody, schema = node_data(config.data, "squared", 0, 1)
+    shard = Shard(everybody, schema, FAMILIES["squared"])
+    users = list(everybody.users)
+    with run.ledger() as ledger, DeviceStore.open(run.folder.nodes / "node-0.sqlite", users) as store:
+        heads = [store.charged(ledger.ledger_id, sequence, users) for sequence in run.broadcasts]
+        events = list(ledger.events())
+    assert [charged.sum() for charged in heads if charged is not None] == [6, 0, 12]
+    for (sequence, broadcast), charged, event, reply in zip(
+        run.broadcasts.items(), heads, events, replies, strict=True
+    ):
+        assert (event["sampling"], event["denominator"]) == ({"poisson": "0.5"}, 6)
+        expected = gradient_total(
+            shard, broadcast.model, broadcast.metric, sparsity=1, clipping_norm=float(event["clipping_norm"]),
+            layout=run.layout, admitted=charged,
+        )  # fmt: skip
+        contribution = Contribution.decode(reply)
+        assert contribution.sequence == sequence
+        assert np.array_equal(contribution.total, expected)
+
+
+def second_toss(patch: pytest.MonkeyPatch) -> None:
+    real = client.coins.Coins.heads
+
+    def heads(self: Any, users: Any) -> Any:
+        self._tossed[users] = False
+        return real(self, users)
+
+    patch.setattr(client.coins.Coins, "heads", heads)
+
+
+def coin_of_the_server(patch: pytest.MonkeyPatch) -> None:
+    """The node leaves it to whoever invites."""
+    patch.setattr(client.service, "probability_of", lambda _: None)
+
+
+def tails_of_another_size(patch: pytest.MonkeyPatch) -> None:
+    real = client.service.Contribution
+
+    def contribution(*, total: IntArray, **fields: Any) -> Contribution:
+        return real(total=total if total.any() else total[:0], **fields)
+
+    patch.setattr(client.service, "Contribution", contribution)
+
+
 MARK = 12345.0
 
 
@@ -445,6 +520,7 @@ CHECKS = (
     check_dropouts_do_not_change_the_denominator,
     check_the_clip_bit_is_centred,
     check_every_release_is_charged,
+    check_coins_are_tossed_once_by_each_device,
     check_a_failure_stays_with_its_user,
     check_impossible_sums_are_left_out,
     check_replies_count_once,
@@ -459,6 +535,9 @@ MUTATIONS = (
     Mutation(check_the_clip_bit_is_centred, uncentred_bit),
     Mutation(check_every_release_is_charged, no_reserve_on_disk),
     Mutation(check_every_release_is_charged, no_charge_on_the_device),
+    Mutation(check_coins_are_tossed_once_by_each_device, second_toss),
+    Mutation(check_coins_are_tossed_once_by_each_device, coin_of_the_server),
+    Mutation(check_coins_are_tossed_once_by_each_device, tails_of_another_size),
     Mutation(check_a_failure_stays_with_its_user, failure_zeroes_the_chunk),
     Mutation(check_impossible_sums_are_left_out, anything_goes),
     Mutation(check_replies_count_once, replies_count_as_they_come),

@@ -217,6 +217,9 @@ def simulate(
     ledger_epsilon: Annotated[
         float | None, typer.Option(help="Budget of a ledger that is made, for later runs too; by default --epsilon.")
     ] = None,
+    sampling_probability: Annotated[
+        str | None, typer.Option(help="Each device tosses a coin in each round; on a ledger of its own.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Fix the privacy noise, for tests: NOT PRIVATE.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="The population's ledger; by default one in the run.")] = None,
     out: Annotated[Path | None, typer.Option(help="New run folder; by default runs/<time>.")] = None,
@@ -256,6 +259,7 @@ def simulate(
             "privacy.epsilon": epsilon,
             "privacy.delta": delta,
             "privacy.ledger_epsilon": ledger_epsilon,
+            "privacy.sampling_probability": sampling_probability,
             "privacy.seed": seed,
             "run.ledger": ledger,
             "run.out": out,

@@ -288,7 +288,7 @@ def _show_verdict(console: Console, audit: Mapping[str, Any], what: str, *, wher
 
 def _show_losses(console: Console, privacy: Mapping[str, Any]) -> None:
     """Epsilon at each delta, by each accountant."""
-    table = Table("epsilon at delta", "exact (GDP)", "PLD", "PRV", "RDP", "replace-one", box=None)
+    table = Table("epsilon at delta", "counted", "PLD", "PRV", "RDP", "replace-one", box=None)
     for row in privacy["at_deltas"]:
         names = ("epsilon", "pld_epsilon", "prv_epsilon", "rdp_epsilon", "replace_one_epsilon")
         table.add_row(

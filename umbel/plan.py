@@ -13,6 +13,7 @@ from privacy.ledger import PrivacyLedger
 from privacy.participation import cost_units, is_noiseless, mu_max_string, noise_multiplier_for
 from privacy.promise import reasons_against
 from privacy.rounding import rounded_up
+from server.sampling import check_unused
 
 DEFAULT_DELTA = 1e-6
 MOST_POINTS = 500
@@ -26,7 +27,6 @@ SAMPLING_REQUIRES = (
     "Amplified numbers hold if each user's own device tosses the coin of each round and keeps it secret, "
     "and if noise, sampling probability and number of rounds are fixed before the first round."
 )
-SAMPLING_UNSUPPORTED = "umbel simulate does not run sampled rounds: its runs cost what is said without sampling."
 
 
 def forecast(
@@ -116,6 +116,7 @@ def forecast_of(config: Config) -> dict[str, Any]:
         max_nodes_per_user=privacy.max_nodes_per_user,
         users=data.synthetic.users if data.source == "synthetic" else None,
         ledger_path=path if exists else None,
+        sampling_probability=privacy.sampling_probability,
     )
     name = Path(data.source).name
     if exists and plan["ledger"]["population"] != name:
@@ -123,6 +124,12 @@ def forecast_of(config: Config) -> dict[str, Any]:
             f"Expected the ledger of {name}, got {path} of {plan['ledger']['population']}. "
             "Name the ledger of these users."
         )
+    if exists and privacy.sampling_probability is not None:
+        check_unused(PrivacyLedger.open(Path(str(path))))
+        left = plan["ledger"]
+        budget = math.inf if left["epsilon"] is None else left["epsilon"]
+        left["fits"] = float(privacy.epsilon) <= budget and plan["delta"] <= left["delta"]
+        left["affordable_rounds"] = config.training.rounds if left["fits"] else 0
     if path is not None and not exists:
         plan["notes"].append(f"{path} is new: it starts with the whole budget.")
     return {**plan, "not_private": plan["not_private"] or privacy.seed is not None}
@@ -157,7 +164,7 @@ def affordable_rounds(ledger: PrivacyLedger, noise_multiplier: str) -> float:
         return math.inf
     if is_noiseless(noise_multiplier):
         return 0
-    return max(0, int(ledger.limit_units - ledger.spent_units) // cost_units(noise_multiplier))
+    return max(0, int(ledger.limit_units - ledger.capped_units) // cost_units(noise_multiplier))
 
 
 def points(rounds: int, most: int) -> list[int]:
@@ -201,14 +208,16 @@ def _with_remedy(problem: str) -> str:
     return f"{problem} Write it as in 4 or 0.75; 0 is no noise." if unreadable else problem
 
 
-def least_noise(epsilon: float | None, delta: float, rounds: int, s: int) -> str:
-    """The least noise multiplier with which so many rounds cost at most epsilon.
+def least_noise(epsilon: float | None, delta: float, rounds: int, s: int, q: str | None = None) -> str:
+    """The least noise multiplier with which so many rounds, sampled with probability q or not, cost at most epsilon.
 
     Raises:
         ValueError: If there is no such budget.
     """
     if epsilon is None or not 0 < epsilon < math.inf:
         raise ValueError(f"Expected 0 < epsilon < inf, got {epsilon=}. Choose a budget, or a noise multiplier.")
+    if q is not None:
+        return least_noise_sampled(epsilon, delta, rounds, q, s=s)
     return noise_multiplier_for(rounds, mu_max_string(epsilon, delta, s))
 
 
@@ -233,7 +242,7 @@ def _sampled(q: str, z: str, rounds: int, *, epsilon: float | None, delta: float
         "noise_multiplier_unamplified": z,
         # a release is divided by the users expected in it, of whom sampling leaves the share q
         "relative_noise": None if needed is None else float(needed) / float(q) / float(z),
-        "supported": False,
+        "supported": True,
         "requires": SAMPLING_REQUIRES,
     }
 
@@ -255,7 +264,7 @@ def _sampling_notes(sampled: dict[str, Any]) -> list[str]:
             f"{sampled['noise_multiplier_unamplified']}; as only a share {q} of the users is in each release, their "
             f"mean then has {ratio:.3g} times the noise of a run without sampling."
         )
-    return [*notes, SAMPLING_REQUIRES, SAMPLING_UNSUPPORTED]
+    return [*notes, SAMPLING_REQUIRES]
 
 
 def _finite(value: float) -> float | None:

@@ -27,6 +27,7 @@ from umbel.baselines import (
     validation_split,
 )
 from umbel.evaluate import HeldOut, held_out_error
+from umbel.plan import least_noise
 
 _STEPS = {"low_rank": "low rank only", "non_private": "without privacy", "gradient": "the default algorithm"}
 
@@ -105,8 +106,11 @@ def _changed(config: Config, section: str, **values: Any) -> Config:
 
 
 def _mechanisms(config: Config) -> tuple[Mechanism, Mechanism]:
-    """The run's own, and none."""
-    rounds, z = config.training.rounds, str(config.run.noise_multiplier)
+    """The run's own, or what its budget allows without sampling; and none."""
+    rounds, z, privacy = config.training.rounds, str(config.run.noise_multiplier), config.privacy
+    if privacy.sampling_probability is not None:
+        # they run without sampling, at the same budget
+        z = least_noise(float(privacy.epsilon), float(privacy.delta or 0), rounds, privacy.max_nodes_per_user)
     plain = Mechanism(noise_multiplier="0", rounds=rounds, noise=NoNoise)
     source: type[NoiseSource] = SystemNoise
     return (plain if z == "0" else Mechanism(noise_multiplier=z, rounds=rounds, noise=source)), plain

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,16 +20,18 @@ from common.config import Config, load_config, to_toml
 from common.data import DataSchema, partition
 from common.errors import BudgetExhausted, UmbelError
 from common.files import make_folder, write_durably
-from privacy.gaussian import epsilon_of_mu, replace_one
+from privacy.amplification import Schedule, amplified
+from privacy.audit.losses import losses_at
 from privacy.keys import create_key, load_key
 from privacy.ledger import PrivacyLedger
 from privacy.mechanism import check_delta_fp, delta_fp
-from privacy.participation import is_noiseless, mu_max_string
+from privacy.participation import UNITS, cost_units, is_noiseless, is_unlimited, mu_max_string
 from privacy.promise import promise_of_ledger, reasons_against
 from privacy.report_page import write_reports
 from server.algorithms import largest_layout
 from server.checkpoint import load_model, save_schema
 from server.registry import registry_of
+from server.sampling import charge_of
 from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
 from server.training import ROUNDS_LOG
 from umbel.curve import error_curve
@@ -39,6 +43,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 _RUN_ID_DIGITS = 12
 _NEARLY_ALL = 0.999
 _FIRST_LINE_BYTES = 2**16
+_PARTS = 256  # of a ledger's mu_max, to one of which a sampled run finds what it leaves
+_CUT_OFF = 1e-6
+_LARGEST_MU = 63.999  # filters hold less than 64
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -62,7 +69,7 @@ def noise_and_limit(config: Config, delta: float) -> tuple[str, str]:
     if epsilon == "none":
         return "0", "inf"
     try:
-        z = least_noise(float(epsilon), delta, config.training.rounds, s)
+        z = least_noise(float(epsilon), delta, config.training.rounds, s, config.privacy.sampling_probability)
         return z, mu_max_string(ledger_budget(config), delta, s)
     except ValueError as error:
         raise UmbelError(f"privacy.epsilon, privacy.delta, training.rounds: {error}") from error
@@ -159,6 +166,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
     place = LedgerPlace(ledger=ledger_path)
     sizes = [partition(train, config.training.nodes, i).num_users for i in range(config.training.nodes)]
     registry = registry_of((f"node-{i}", size) for i, size in enumerate(sizes))
+    made = {"epsilon": budget, "delta": delta, "mu_max": mu_max}
     resolved = load_config(
         None,
         _flat(config)
@@ -169,11 +177,12 @@ def lay_out(config: Config, progress: Progress) -> Config:
             "run.resume": False,
             "run.name": uuid4().hex[:_RUN_ID_DIGITS],
             "run.noise_multiplier": noise_multiplier,
+            "run.capped_mu_max": capped_mu_max(config, noise_multiplier, _genesis_of(place.ledger) or made),
         },
     )
     if config.run.ledger and not _is_begun(place.ledger):
         progress.warn(f"{ledger_path} is new: it starts with the whole budget, epsilon {budget:g}.")
-    genesis, public_key = prepare_ledger(resolved, place, mu_max, budget)
+    genesis, public_key, mu_limit = prepare_ledger(resolved, place, mu_max, budget)
     if config.run.ledger is None and config.data.source != "synthetic":
         progress.warn("the ledger is new and counts this run only; name the population's own with --ledger PATH.")
     make_folder(root)
@@ -184,9 +193,10 @@ def lay_out(config: Config, progress: Progress) -> Config:
         store=":memory:" if config.run.stores == "memory" else str(folder.nodes / "node-{partition}.sqlite"),
         public_key=public_key,
         ledger_id=genesis["ledger_id"],
-        mu_max=genesis["mu_max"],
+        mu_max=device_limit(resolved, mu_limit),
         max_users_per_node=config.privacy.max_users_per_node,
         allow_not_private=is_noiseless(noise_multiplier) or config.privacy.seed is not None,
+        coin_seed=config.privacy.seed,
         allow_statistics=config.training.algorithm == "amht-lrs",
         family=config.model.family,
         data=resolved.data,
@@ -252,8 +262,61 @@ def ledger_budget(config: Config) -> float:
     return float(epsilon) if budget is None else budget
 
 
-def prepare_ledger(config: Config, place: LedgerPlace, mu_max: str, budget: float) -> tuple[dict[str, Any], str]:
-    """Make the ledger or check that the run fits the one there is; returns its GENESIS and public key."""
+def capped_mu_max(config: Config, noise_multiplier: str, genesis: Mapping[str, Any]) -> str | None:
+    """What a sampled run leaves to capped ones on its ledger, as mu; None for a run without sampling.
+
+    Nothing, unless the ledger's budget is larger than the run's: then as much as fits, to one part in 256.
+
+    Args:
+        config: Of the run.
+        noise_multiplier: z of each release.
+        genesis: `epsilon`, `delta` and `mu_max` of the ledger, which need not exist yet.
+    """
+    q, s = config.privacy.sampling_probability, config.privacy.max_nodes_per_user
+    if q is None:
+        return None
+    budget, mu_max = float(genesis["epsilon"]), str(genesis["mu_max"])
+    if is_unlimited(mu_max) or budget <= float(config.privacy.epsilon):
+        return "0"
+    schedule = Schedule(noise_multiplier=noise_multiplier, sampling_probability=q, rounds=config.training.rounds)
+
+    def share(part: int) -> str:
+        return format(Decimal(mu_max) * part / _PARTS, ".9f")
+
+    def is_too_much(part: int) -> bool:
+        return amplified([schedule], float(genesis["delta"]), capped_mu_max=share(part), s=s).epsilon > budget
+
+    # that not even nothing fits is said by whoever checks the run
+    return share(max(1, bisect_left(range(_PARTS), True, key=is_too_much)) - 1)
+
+
+def device_limit(config: Config, mu_limit: str) -> str:
+    """mu_max of the filters of a run's nodes: the ledger's; for a sampled run enough for its heads.
+
+    A head is counted like any contribution, so what a device admits is what its releases tell even of coins that are
+    known. Fewer than one user in a million is left out of a release for that.
+    """
+    q, z = config.privacy.sampling_probability, str(config.run.noise_multiplier)
+    if q is None or is_unlimited(mu_limit):
+        return mu_limit
+    heads = most_heads(config.training.rounds, float(q), _CUT_OFF)
+    mu = math.sqrt(heads * cost_units(z) / UNITS)
+    return f"{min(_LARGEST_MU, mu + 1e-8):.9f}"
+
+
+def most_heads(rounds: int, q: float, rate: float) -> int:
+    """A number that the heads of so many coins exceed with probability `rate` at most (Chernoff and Hoeffding)."""
+
+    def bound(share: float) -> float:
+        rest = (1 - share) * math.log((1 - share) / (1 - q)) if share < 1 else 0.0
+        return math.exp(-rounds * (share * math.log(share / q) + rest))
+
+    least = math.floor(rounds * q) + 1
+    return next((heads for heads in range(least, rounds) if bound((heads + 1) / rounds) <= rate), rounds)
+
+
+def prepare_ledger(config: Config, place: LedgerPlace, mu_max: str, budget: float) -> tuple[dict[str, Any], str, str]:
+    """Make the ledger or check that the run fits the one there is; returns its GENESIS, public key and mu limit."""
     privacy, population = config.privacy, Path(config.data.source).name
     if not _is_begun(place.ledger):
         if config.run.out != str(place.ledger.parent) and not place.ledger.parent.is_dir():
@@ -274,7 +337,7 @@ def prepare_ledger(config: Config, place: LedgerPlace, mu_max: str, budget: floa
             pass
     with PrivacyLedger.open(place.ledger, key=load_key(place.key)) as ledger:
         check_fits(ledger, config, place, population)
-        return dict(ledger.genesis), ledger.public_key
+        return dict(ledger.genesis), ledger.public_key, ledger.mu_limit
 
 
 def check_fits(ledger: PrivacyLedger, config: Config, place: LedgerPlace, population: str) -> None:
@@ -294,10 +357,18 @@ def check_fits(ledger: PrivacyLedger, config: Config, place: LedgerPlace, popula
             f"Expected privacy.max_nodes_per_user={ledger.genesis['max_nodes_per_user']} as in the ledger, "
             f"got privacy.max_nodes_per_user={config.privacy.max_nodes_per_user}."
         )
+    if config.privacy.sampling_probability is not None:
+        planned = Schedule(
+            noise_multiplier=str(config.run.noise_multiplier),
+            sampling_probability=config.privacy.sampling_probability,
+            rounds=config.training.rounds,
+        )
+        charge_of(ledger, planned, config.run.capped_mu_max or "0")
+        return
     affordable = affordable_rounds(ledger, str(config.run.noise_multiplier))
     if affordable < config.training.rounds:
         delta = float(ledger.genesis["delta"])
-        spent = affordable == 0 and ledger.spent_units >= ledger.limit_units * _NEARLY_ALL
+        spent = affordable == 0 and ledger.capped_units >= ledger.limit_units * _NEARLY_ALL
         remedy = "Nothing more can be released about these users." if spent else "Lower --epsilon or --rounds."
         raise BudgetExhausted(
             f"Expected a budget for training.rounds={config.training.rounds} at privacy.epsilon="
@@ -392,11 +463,12 @@ def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool
 def privacy_section(config: Config, schema: DataSchema) -> dict[str, Any]:
     """`privacy` of the results, recomputed from the run's own ledger: what the whole ledger has spent."""
     with PrivacyLedger.open(Path(str(config.run.ledger))) as ledger:
-        mu, genesis = ledger.mu_spent, ledger.genesis
+        mu, genesis, sampled = ledger.mu_spent, ledger.genesis, ledger.sampled
         rounds = len(ledger.rounds_of(str(config.run.name)))
         events, runs = ledger.events(), len(ledger.runs)
     delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
-    epsilon = epsilon_of_mu(mu, delta) if math.isfinite(mu) else None
+    losses = losses_at([delta], mu=mu, noise_multipliers=None, s=s, sampled=sampled)
+    epsilon = losses["epsilon"]
     private = not is_noiseless(str(config.run.noise_multiplier))
     size = largest_layout(config, schema.dimension, private=private).size
     reasons = reasons_against(events, genesis["mu_max"])
@@ -404,7 +476,7 @@ def privacy_section(config: Config, schema: DataSchema) -> dict[str, Any]:
         "epsilon": epsilon,
         "delta": delta,
         "mu": None if epsilon is None else mu,
-        "replace_one_epsilon": None if epsilon is None else replace_one(mu, delta),
+        "replace_one_epsilon": losses["replace_one_epsilon"],
         "delta_fp": None if epsilon is None else delta_fp(epsilon, size, len(events)),
         "noise_multiplier": float(str(config.run.noise_multiplier)),
         "rounds": rounds,
@@ -416,6 +488,7 @@ def privacy_section(config: Config, schema: DataSchema) -> dict[str, Any]:
             rounds=len(events),
             runs=runs,
             max_nodes_per_user=s,
+            is_sampled=sampled is not None,
             reasons_against=reasons,
         ),
     }
@@ -433,6 +506,13 @@ def _is_begun(ledger: Path) -> bool:
         return False
     with ledger.open("rb") as file:
         return b"\n" in file.read(_FIRST_LINE_BYTES)
+
+
+def _genesis_of(ledger: Path) -> Mapping[str, Any] | None:
+    if not _is_begun(ledger):
+        return None
+    with PrivacyLedger.open(ledger) as opened:
+        return opened.genesis
 
 
 def _log_again(line: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ def compose(findings: Sequence[Finding], deltas: tuple[float, ...] = ()) -> dict
     """
     ledgers = _ledgers(findings)
     _check_same_users(ledgers)
+    _check_sampling(ledgers)
     worst = min(findings, key=lambda finding: _SEVERITY.index(finding.exit_code))
     privacy = _privacy(ledgers, deltas) if worst.is_good else None
     void_total = privacy is not None and privacy["not_private"]
@@ -121,6 +122,16 @@ def _check_same_users(ledgers: Sequence[Finding]) -> None:
                 )
 
 
+def _check_sampling(ledgers: Sequence[Finding]) -> None:
+    """Refuse to add ledgers of which one has a sampled run: only what was fixed beforehand composes with it."""
+    for ledger in ledgers:
+        if ledger.found.sampled is not None and len(ledgers) > 1:
+            raise UmbelError(
+                f"Expected one ledger where a run is sampled, got {len(ledgers)} and a sampled run in "
+                f"{ledger.target.ledger}. Audit them one by one."
+            )
+
+
 def _privacy(ledgers: Sequence[Finding], deltas: tuple[float, ...]) -> dict[str, Any]:
     """What all ledgers together have cost the user who contributed to everything; void without a promise."""
     all_genesis = [finding.found.genesis for finding in ledgers]
@@ -131,6 +142,7 @@ def _privacy(ledgers: Sequence[Finding], deltas: tuple[float, ...]) -> dict[str,
         mu=_mu(_units(finding) for finding in ledgers),
         noise_multipliers=_all_multipliers(ledgers) if len(several) == 1 else None,
         s=max(several),
+        sampled=ledgers[0].found.sampled,
     )
     reasons = list(dict.fromkeys(reason for finding in ledgers for reason in _reasons(finding)))
     if reasons:
@@ -154,7 +166,8 @@ def _promise(ledgers: Sequence[Finding], epsilon: float | None, delta: float, s:
         f"Everything released about the users of “{population}” so far, counting {rounds} of {runs} on "
         f"{counted(len(ledgers), 'ledger')},"
     )
-    return promise(releases, epsilon, delta, max_nodes_per_user=s)
+    is_sampled = ledgers[0].found.sampled is not None
+    return promise(releases, epsilon, delta, max_nodes_per_user=s, is_sampled=is_sampled)
 
 
 def _reasons(finding: Finding) -> tuple[str, ...]:

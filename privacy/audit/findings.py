@@ -13,16 +13,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from common.errors import UmbelError, VerificationError
-from privacy.audit.losses import checked_deltas, losses_at, void
+from privacy.audit.losses import amplified_epsilon, checked_deltas, losses_at, void
 from privacy.audit.releases import Releases, run_of, verify_release
 from privacy.audit.verify import Anchor, Verification, verify
 from privacy.keys import load_key, public_key_hex
 from privacy.lines import check_signature, parse_line
 from privacy.participation import cost_units, is_noiseless, is_unlimited, limit_units
 from privacy.promise import promise_of_ledger, reasons_against
+from privacy.sampling import NO_SAMPLING
 
 VERIFIED, OVER_BUDGET, FAILED, OWNER_NOT_VERIFIED = 0, 3, 4, 5
 """Exit codes of `umbel audit`."""
+_ACCOUNTANTS_SLACK = 1 + 1e-6  # between machines; what is charged was rounded up
 _HEX_KEY = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
 
@@ -205,7 +207,10 @@ def inspect(
     status: str = found.status
     if found.status == "failed" and _is_authentic_overrun(target.ledger, found, public_keys):
         status, exit_code = "over budget", OVER_BUDGET
-    return Finding(target=target, found=found, status=status, exit_code=exit_code, line=found.line, reason=found.reason)
+    reason = found.reason
+    if exit_code in (VERIFIED, OWNER_NOT_VERIFIED) and (understated := _understated(found)):
+        status, exit_code, reason = "over budget", OVER_BUDGET, understated
+    return Finding(target=target, found=found, status=status, exit_code=exit_code, line=found.line, reason=reason)
 
 
 def document(finding: Finding, deltas: tuple[float, ...] = ()) -> dict[str, Any]:
@@ -274,7 +279,7 @@ def _privacy(found: Verification, deltas: tuple[float, ...]) -> dict[str, Any]:
     genesis = found.genesis
     s, budget_delta = int(genesis["max_nodes_per_user"]), float(genesis["delta"])
     wanted = checked_deltas(deltas, default=budget_delta)
-    losses = losses_at(wanted, mu=found.mu_spent, noise_multipliers=found.noise_multipliers, s=s)
+    losses = losses_at(wanted, mu=found.mu_spent, noise_multipliers=found.noise_multipliers, s=s, sampled=found.sampled)
     reasons = reasons_against(found.rounds.events(), genesis["mu_max"])
     if reasons:
         losses = void(losses)
@@ -294,6 +299,7 @@ def _privacy(found: Verification, deltas: tuple[float, ...]) -> dict[str, Any]:
             rounds=len(found.rounds),
             runs=len(found.runs),
             max_nodes_per_user=s,
+            is_sampled=found.sampled is not None,
             reasons_against=reasons,
         ),
     }
@@ -308,12 +314,26 @@ def _run_name(config: Path) -> str | None:
     return str(name) if name else None
 
 
+def _understated(found: Verification) -> str:
+    """What is wrong with the cost that a sampled run was charged with, asked of the accountants again; or nothing."""
+    sampled, genesis = found.sampled, found.genesis
+    if sampled is None or is_unlimited(genesis["mu_max"]):
+        return ""
+    cost = amplified_epsilon(sampled, float(genesis["delta"]), int(genesis["max_nodes_per_user"]))
+    if cost <= float(sampled.amplified_epsilon) * _ACCOUNTANTS_SLACK:
+        return ""
+    return (
+        f"Expected run={sampled.run!r} to cost amplified_epsilon={sampled.amplified_epsilon} as it was charged, "
+        f"got {cost:.6g}."
+    )
+
+
 def _is_authentic_overrun(ledger: Path, found: Verification, public_keys: Collection[str]) -> bool:
     """Whether the first line that is not valid is a release beyond the budget, signed by the ledger's own key.
 
     Its signature covers everything before it; nothing after it was read.
     """
-    mu_max = found.genesis.get("mu_max", "inf")
+    mu_max = found.mu_limit if found.genesis else "inf"
     foreign = bool(public_keys) and not set(public_keys).intersection(found.public_keys)
     if found.line is None or is_unlimited(mu_max) or foreign:
         return False
@@ -325,5 +345,7 @@ def _is_authentic_overrun(ledger: Path, found: Verification, public_keys: Collec
         check_signature(line, found.public_keys[-1])
     except VerificationError:
         return False
-    z = str(line.body["event"]["noise_multiplier"])
-    return is_noiseless(z) or found.spent_units + cost_units(z) > limit_units(mu_max)
+    event = line.body["event"]
+    z = str(event["noise_multiplier"])
+    over = is_noiseless(z) or found.capped_units + cost_units(z) > limit_units(mu_max)
+    return over and event["sampling"] == NO_SAMPLING

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from common.errors import UmbelError
 from privacy.ledger_state import LedgerState, Reading, read_file
 from privacy.rounds import Event, Round, Rounds
+from privacy.sampling import SampledRun
 
 Status = Literal["verified", "consistent, owner not verified", "failed"]
 
@@ -55,8 +56,11 @@ class Verification:
         counts: Lines by type.
         runs: Bodies of the START lines, by run.
         rounds: Every RESERVE and what became of it, in order; each is made when it is asked for.
-        spent_units: What all of them cost, in units of 2^-50 per (user, node).
+        spent_units: What all of them cost, in units of 2^-50 per (user, node), coins not counted on.
         mu_spent: The same as mu of the worst-case user.
+        capped_units: `spent_units` without a sampled run.
+        mu_limit: What that may reach as mu, a decimal string or "inf".
+        sampled: The sampled run, or None.
         torn_bytes: Bytes after the last complete line, which count for nothing.
     """
 
@@ -73,6 +77,9 @@ class Verification:
     rounds: Rounds
     spent_units: float
     mu_spent: float
+    capped_units: float
+    mu_limit: str
+    sampled: SampledRun | None
     torn_bytes: int
 
     @property
@@ -112,9 +119,9 @@ def verify(
     """Verify a ledger file, or a copy of one.
 
     Checked: canonical form, sequence, chain, the last signature and those of KEY lines, one GENESIS, START
-    before RESERVE, no round reserved twice, no more rounds and no other noise multiplier than START's schedule
-    says, at most one COMMIT or ABORT for a RESERVE, mu_max within (epsilon, delta), and that at no line the
-    budget was exceeded.
+    before RESERVE, no round reserved twice, no more rounds, no other noise multiplier and no other sampling than
+    START's schedule says, at most one COMMIT or ABORT for a RESERVE, mu_max within (epsilon, delta), and that at no
+    line the budget was exceeded.
 
     Args:
         path: The file; it is not changed, and may be in use.
@@ -138,7 +145,7 @@ def verify(
 
 
 def recompute_epsilon(verification: Verification, delta: float) -> dict[str, float]:
-    """Epsilon at `delta` of all RESERVE lines, by each accountant, from nothing but their events."""
+    """Epsilon at `delta` of all RESERVE lines, coins not counted on, by each accountant, from their events alone."""
     from privacy.accounting import gdp_epsilon, pld_epsilon  # noqa: PLC0415 (needs the extra `simulate`)
 
     multipliers = verification.noise_multipliers
@@ -191,5 +198,8 @@ def _verification(reading: Reading, status: Status, line: int | None, reason: st
         rounds=state.rounds,
         spent_units=state.spent_units,
         mu_spent=state.mu_spent() if state.genesis else 0.0,
+        capped_units=state.capped_units,
+        mu_limit=state.mu_limit,
+        sampled=state.sampled,
         torn_bytes=reading.torn_bytes,
     )

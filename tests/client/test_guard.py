@@ -430,7 +430,7 @@ def test_every_code_has_a_meaning():
     """The vocabulary is fixed, and each code is explained in one line."""
     assert {
         "malformed", "protocol", "signature", "ledger_unknown", "ledger_gap", "ledger_fork",
-        "ledger_rollback", "replayed", "policy_noise", "policy_clipping", "policy_shape",
+        "ledger_rollback", "replayed", "policy_noise", "policy_sampling", "policy_clipping", "policy_shape",
         "policy_work", "policy_not_private", "policy_users", "deadline", "purpose", "storage", "busy", "error",
         "unavailable", "client_error",
     } == REFUSALS.keys()  # fmt: skip
@@ -454,3 +454,118 @@ def test_a_policy_that_limits_nothing_is_an_error(changes):
     """The node's own configuration is checked when it is read."""
     with pytest.raises(ValueError, match="Expected"):
         dataclasses.replace(POLICY, **changes)
+
+
+SAMPLED = with_event(sampling={"poisson": "0.1"})
+SCHEDULE = {
+    "rounds": 3,
+    "noise_multiplier": "4.000000",
+    "sampling": {"poisson": "0.1"},
+    "capped_mu_max": "0",
+    "amplified_epsilon": "1",
+}
+
+
+def sampled_lines(event=SAMPLED, *, run="run", server_round=2, start_kind="START", **changes):
+    """Raw lines of a ledger with a sampled run: three that are none, START, one more, RESERVE."""
+    raw, head = [], ZERO_HEAD
+
+    def add(line):
+        nonlocal head
+        raw.append(line)
+        head = extend(head, hashlib.sha256(line).digest())
+
+    def add_line(kind, body):
+        signed = {"sequence": len(raw), "previous": head, "time": "2026-11-20T09:00:00Z", "key": KEY}
+        add(signed_line(kind=kind, body=body, **signed))
+
+    for sequence in range(3):
+        add(b"line %d" % sequence)
+    start = {"run": run, "schedule": SCHEDULE | changes, "configuration_digest": "00" * 32}
+    add_line(start_kind, start if start_kind == "START" else {"reserve": 2, "code": "no_answer"})
+    add(b"line 4")
+    add_line("RESERVE", {"run": "run", "round": server_round, "event": event, "invited_users": 10})
+    return raw
+
+
+def sampled(lines=None, /, **changes):
+    """A broadcast of a sampled release that a new node accepts, but for `changes`."""
+    lines = sampled_lines() if lines is None else lines
+    return broadcast(lines, **({"lines": (lines[3].decode(), lines[5].decode())} | changes))
+
+
+@pytest.mark.parametrize("acknowledged", [-1, 1, 3, 4])
+def test_a_sampled_release_is_accepted_with_its_start_line(acknowledged):
+    """Wherever the node is in the ledger, as long as the digests begin at START or before."""
+    lines = sampled_lines()
+    known = (acknowledged, head_of(lines[: acknowledged + 1]))
+    for first in range(min(acknowledged + 1, 3) + 1):
+        message = sampled(lines, digests_from=first, digests=digests_of(lines[first:]))
+        accepted = ask(message, acknowledged=known)
+        assert accepted.event["sampling"] == {"poisson": "0.1"}
+        assert (accepted.sequence, accepted.head) == (5, head_of(lines))
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        (sampled_lines(sampling={"poisson": "0.2"}), "policy_sampling"),
+        (sampled_lines(sampling={"poisson": "0.10"}), "policy_sampling"),
+        (sampled_lines(noise_multiplier="4.5"), "policy_sampling"),
+        (sampled_lines(run="another"), "policy_sampling"),
+        (sampled_lines(rounds=1), "policy_sampling"),
+        (sampled_lines(sampling="none"), "policy_sampling"),
+        (sampled_lines(start_kind="ABORT"), "malformed"),
+        (sampled_lines(rounds="3"), "malformed"),
+        (sampled_lines(capped_mu_max=None), "malformed"),
+        (sampled_lines(with_event(sampling={"poisson": "1"})), "malformed"),
+        (sampled_lines(with_event(sampling={"poisson": "0.0"})), "malformed"),
+        (sampled_lines(with_event(sampling={"poisson": ".1"})), "malformed"),
+        (sampled_lines(with_event(sampling={"poisson": "0.1", "x": 1})), "malformed"),
+        (sampled_lines(with_event(sampling={"poisson": "0.1"}, noise_multiplier="0", noise="none")), "policy_sampling"),
+    ],
+)
+def test_a_sampled_release_that_is_not_of_its_schedule_is_refused(lines, code):
+    """Another q, z or run than at START, a round beyond its rounds, or a START line of no sampled run."""
+    policy = dataclasses.replace(POLICY, allow_not_private=True)
+    assert code_of(sampled(lines, server_round=2), policy) == code
+
+
+def test_a_sampled_release_needs_its_start_line_and_others_have_none():
+    """One line too few and one too many are malformed, and so is a START line in another place."""
+    lines = sampled_lines()
+    start, reserve = lines[3].decode(), lines[5].decode()
+    for wrong in ((reserve,), (start, start, reserve), (reserve, start), (reserve, reserve)):
+        assert code_of(sampled(lines, lines=wrong)) == "malformed"
+    plain = ledger_lines()
+    assert code_of(broadcast(plain, lines=(start, plain[-1].decode()))) == "malformed"
+
+
+def test_a_start_line_of_another_past_is_refused():
+    """One that the ledger's key has signed, but that does not lead to this release; or too far back to be seen to."""
+    lines, others = sampled_lines(), sampled_lines(rounds=1000)
+    start, reserve = others[3].decode(), lines[5].decode()
+    assert code_of(sampled(lines, lines=(start, reserve))) == "ledger_fork"
+    known = (4, head_of(lines[:5]))
+    assert code_of(sampled(lines, lines=(start, reserve)), acknowledged=known) == "ledger_fork"
+    for first in (4, 5):
+        late = sampled(lines, digests_from=first, digests=digests_of(lines[first:]))
+        assert code_of(late, acknowledged=known) == "ledger_gap"
+
+
+def test_a_node_decides_whether_and_how_it_is_sampled():
+    """Its policy can forbid it, and bound q on both sides."""
+    for changes, refused in (
+        ({"allow_sampling": False}, True),
+        ({"min_sampling_probability": "0.11"}, True),
+        ({"max_sampling_probability": "0.09"}, True),
+        ({"min_sampling_probability": "0.1", "max_sampling_probability": "0.1"}, False),
+    ):
+        policy = dataclasses.replace(POLICY, **changes)
+        if refused:
+            assert code_of(sampled(), policy) == "policy_sampling"
+        else:
+            ask(sampled(), policy)
+    for bounds in (("0.2", "0.1"), ("0", "1.1"), ("-1", "1")):
+        with pytest.raises(ValueError, match="sampling_probability"):
+            dataclasses.replace(POLICY, min_sampling_probability=bounds[0], max_sampling_probability=bounds[1])

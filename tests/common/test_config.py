@@ -102,6 +102,7 @@ def test_the_keys_are_the_sections_of_the_design() -> None:
     assert {key.split(".")[0] for key in valid_keys()} == {"data", "model", "training", "amht", "privacy", "run"}
     assert "data.synthetic.users" in valid_keys()
     private = {"epsilon", "delta", "ledger_epsilon", "max_nodes_per_user", "clipping", "seed", "max_users_per_node"}
+    private |= {"sampling_probability"}
     assert {key.split(".")[1] for key in valid_keys() if key.startswith("privacy.")} == private
 
 
@@ -206,3 +207,20 @@ def test_bytes_that_are_not_text_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UmbelError, match="Expected TOML in UTF-8"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("0.1", "0.1"), (".1", "0.1"), (0.1, "0.1"), (1e-05, "0.00001"), (None, None)]
+)
+def test_a_sampling_probability_is_the_ledgers_decimal_string(given, read):
+    """However it was written, and the same after it was read back."""
+    config = load_config(None, {"privacy.sampling_probability": given})
+    assert config.privacy.sampling_probability == read
+    assert Config.model_validate(tomllib.loads(config.to_toml())) == config
+
+
+@pytest.mark.parametrize("given", ["0", "1", "1.5", "-0.1", "nan", "inf", 1, 0, 1.0, "1e-3", True, "0.", "0.0"])
+def test_what_is_no_sampling_probability_is_refused(given):
+    """Zero, one and more, and what is no decimal."""
+    with pytest.raises(UmbelError, match="above 0 and below 1"):
+        load_config(None, {"privacy.sampling_probability": given})

@@ -61,15 +61,14 @@ class TestSampling:
         assert sampled["relative_noise"] == pytest.approx(ratio)
         assert ratio > 1
 
-    def test_it_says_what_must_hold_and_what_is_missing(self):
-        """The coin's secrecy and the fixed schedule are named, and that no run does this yet."""
+    def test_it_says_what_must_hold(self):
+        """The coin's secrecy and the fixed schedule are named."""
         plan = forecast(epsilon=None, noise_multiplier="4", delta=1e-6, rounds=5, sampling_probability="0.5")
         assert plan["sampling"]["noise_multiplier"] is None
-        assert plan["sampling"]["supported"] is False
+        assert plan["sampling"]["supported"] is True
         notes = " ".join(plan["notes"])
         assert "keeps it secret" in notes
         assert "fixed before the first round" in notes
-        assert "does not run sampled rounds" in notes
 
     def test_without_the_option_there_is_nothing(self):
         """A plan without a probability is as before, with null."""
