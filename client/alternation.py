@@ -7,7 +7,7 @@ greedily. docs/algorithm.md compares them.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from array_api_compat import array_namespace
 
@@ -15,9 +15,10 @@ from client.batches import Batch
 from client.thresholding import Thresholds, largest, rows_of, sparse_least_squares, sparse_part
 from common.linalg import apply, apply_transposed, dot, inverse_positive, one_hot, trace, transpose
 from common.model import PersonalState
+from common.task import Solver
 
 Array = Any
-SOLVERS = ("alternation", "joint", "elimination", "pursuit")
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 _SAFETY = 1e-10
 """Ridge relative to the mean eigenvalue, with which every Gram matrix can be inverted."""
 _TINY = 1e-60

@@ -3,17 +3,17 @@
 Guarantee to one user, under zero-out: see `privacy.layout`; clipping is per user and in integers.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from array_api_compat import array_namespace
 
 from client.alternation import LocalFit
 from client.batches import Batch, Design
 from common.linalg import apply, dot, svec, transpose, triangle
+from common.task import Moment
 from privacy.layout import Layout, clip_to_ball, cross_norm, scalars_to_ball, to_grid
 
 Array = Any
-MomentKind = Literal["moments", "pair-moments"]
 
 
 def statistics(batch: Batch, fit: LocalFit) -> tuple[Array, Array]:
@@ -52,7 +52,7 @@ def _packed_statistics(batch: Batch, fit: LocalFit) -> tuple[Array, Array]:
     return weights * entries * factor, V
 
 
-def second_moment(design: Design, kind: MomentKind) -> Array:
+def second_moment(design: Design, kind: Moment) -> Array:
     """`n x d x d`, a moment of each user's examples whose leading eigenvectors point along U.
 
     "moments" is sum_j y_j^2 x_j x_j' / m. "pair-moments" is the mean of y_i y_j x_i x_j' over pairs i != j,
@@ -104,9 +104,7 @@ def contribute_statistics(batch: Batch, fit: LocalFit, *, clipping_norm: float, 
     return to_grid((A * factor[:, None], V * factor[:, None], numbers), layout)
 
 
-def contribute_moment(
-    design: Design, kind: MomentKind, whitening: Array, *, clipping_norm: float, layout: Layout
-) -> Array:
+def contribute_moment(design: Design, kind: Moment, whitening: Array, *, clipping_norm: float, layout: Layout) -> Array:
     """`n x D` int64, each user's svec(W M W') and scalars on the grid; zeros without examples or finite numbers.
 
     Args:

@@ -140,8 +140,14 @@ def prv_epsilon(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> f
         raise UmbelError(f"Expected epsilon from opacus' PRV, got none for {mu=}, {delta=}: {error}") from error
 
 
-def spent(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> PrivacySpent:
+def spent(noise_multipliers: Sequence[str], delta: float, s: int = 1, *, with_prv: bool = True) -> PrivacySpent:
     """All numbers of a report, once the accountants are seen to agree.
+
+    Args:
+        noise_multipliers: Of all releases.
+        delta: What epsilon is for.
+        s: On how many nodes a user may be.
+        with_prv: Whether to ask opacus' PRV, whose libraries take some 200 MB.
 
     Raises:
         ValueError: If a noise multiplier, delta or s is out of range.
@@ -156,7 +162,7 @@ def spent(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> Privacy
         replace_one_epsilon=replace_one(mu, delta),
         pld_epsilon=pld_epsilon(noise_multipliers, delta, s),
         rdp_epsilon=rdp_epsilon(noise_multipliers, delta, s),
-        prv_epsilon=prv_epsilon(noise_multipliers, delta, s),
+        prv_epsilon=prv_epsilon(noise_multipliers, delta, s) if with_prv else None,
     )
     check_agreement(result)
     return result

@@ -17,9 +17,9 @@ from privacy.layout import Layout, split_groups
 
 CLIPPING_BOUNDS = (1e-2, 1e3)
 """Public bounds of the clipping norm, in units of the gradient in the metric."""
-_MOMENTUM = 0.5
-_STEP_DECAY = 0.5
-_LEAST_PROGRESS = 0.2
+MOMENTUM = 0.5
+STEP_DECAY = 0.5
+LEAST_PROGRESS = 0.2
 _LATE = 4.0
 """`elapsed` from which on U gives back the energy of its noise; before, noise also helps to find new directions."""
 _RELIABILITY_EXAMPLES = 10.0
@@ -132,9 +132,9 @@ def apply_round(
     # with coins, more heads than expected are no signal either)
     gradient = gradient * min(1.0, clipping_norm / max(float(np.linalg.norm(gradient)), clipping_norm))
     signal = _signal_share(gradient, noise_stddev)
-    elapsed = state.elapsed + max(1 - signal, _LEAST_PROGRESS)
-    step = 1 / (1 + _STEP_DECAY * elapsed)
-    velocity = _MOMENTUM * signal * _kept_velocity(state.velocity, gradient, metric) + metric @ gradient
+    elapsed = state.elapsed + max(1 - signal, LEAST_PROGRESS)
+    step = 1 / (1 + STEP_DECAY * elapsed)
+    velocity = MOMENTUM * signal * _kept_velocity(state.velocity, gradient, metric) + metric @ gradient
     U = model.U + step * velocity[:, :r]
     # a share `signal` of a step corrects what earlier noise has left in U; then the step adds its own
     noise_energy = (1 - signal) * float((gradient**2).sum())

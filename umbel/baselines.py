@@ -37,7 +37,7 @@ from privacy.mechanism import release
 from server.algorithms import Algorithm, Gradient
 from server.initialization import regularized_moment
 from server.layout import contribution_layout
-from server.rounds import CLIPPING_BOUNDS
+from server.rounds import CLIPPING_BOUNDS, LEAST_PROGRESS, MOMENTUM, STEP_DECAY
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 50.0, 100.0)
 """Ridge penalties tried on the validation part."""
@@ -45,9 +45,6 @@ _VALIDATION_SEED_OFFSET = 1_000_003
 _VALIDATION_FRACTION = 0.2
 _RIDGE_STEPS = 8
 _BIT_SHARE = 0.2
-_STEP_DECAY = 0.5
-_MOMENTUM = 0.5
-_LEAST_PROGRESS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,14 +282,14 @@ class Momentum:
         """After a release that says `direction`, of which the share `signal` is no noise."""
         return replace(
             self,
-            velocity=_MOMENTUM * signal * self.velocity + direction,
-            elapsed=self.elapsed + max(1 - signal, _LEAST_PROGRESS),
+            velocity=MOMENTUM * signal * self.velocity + direction,
+            elapsed=self.elapsed + max(1 - signal, LEAST_PROGRESS),
         )
 
     @property
     def step(self) -> Array:
         """What to add to the parameters now."""
-        return np.asarray(self.velocity / (1 + _STEP_DECAY * self.elapsed))
+        return np.asarray(self.velocity / (1 + STEP_DECAY * self.elapsed))
 
 
 def feature_metric(users: Users) -> Array:

@@ -8,12 +8,7 @@ from typing import Any
 from common.errors import UmbelError
 from privacy.accounting import (
     SMALLEST_DELTA,
-    PrivacySpent,
-    check_agreement,
-    pld_epsilon,
-    rdp_epsilon,
     spent,
-    total_mu,
 )
 from privacy.amplification import Schedule, amplified
 from privacy.gaussian import epsilon_of_mu, replace_one
@@ -121,30 +116,12 @@ def _losses(delta: float, mu: float, noise_multipliers: Sequence[str] | None, s:
     others: dict[str, float | None] = dict.fromkeys(LOSSES[2:])
     if noise_multipliers is not None and find_spec("dp_accounting") is not None:
         try:
-            found = _spent(noise_multipliers, delta, s)
+            # for a ledger that long PRV's libraries would be most of the memory
+            found = spent(noise_multipliers, delta, s, with_prv=len(noise_multipliers) <= MOST_PRV_ROUNDS)
         except ValueError as error:
             raise UmbelError(str(error)) from error
         others = {name: _finite(getattr(found, name, None)) for name in others}
     return exact | others
-
-
-def _spent(noise_multipliers: Sequence[str], delta: float, s: int) -> PrivacySpent:
-    """All accountants, or all but PRV for a ledger so long that its libraries would be most of the memory."""
-    if len(noise_multipliers) <= MOST_PRV_ROUNDS:
-        return spent(noise_multipliers, delta, s)
-    mu = total_mu(noise_multipliers, s)
-    found = PrivacySpent(
-        epsilon=epsilon_of_mu(mu, delta),
-        delta=delta,
-        mu=mu,
-        rho=mu * mu / 2,
-        replace_one_epsilon=replace_one(mu, delta),
-        pld_epsilon=pld_epsilon(noise_multipliers, delta, s),
-        rdp_epsilon=rdp_epsilon(noise_multipliers, delta, s),
-        prv_epsilon=None,
-    )
-    check_agreement(found)
-    return found
 
 
 def _finite(value: float | None) -> float | None:
