@@ -5,7 +5,6 @@ What a subcommand needs is imported when it runs, so that `umbel --help` is at o
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ import typer
 
 from common.errors import BudgetExhausted, UmbelError
 from umbel.characters import spell_out
+from umbel.commands import Format, FormatOption, PlainCommand, print_json
 
 _EXIT_CODES = """\b
 Exit codes:
@@ -49,25 +49,10 @@ _NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # click
 _SAID_TWICE = re.compile(r"( Did you mean [^?]*\?)\1")  # by click, and by typer
 
 
-class Format(StrEnum):
-    """How results are written on stdout."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
 class RunInterruptedError(UmbelError):
     """Ctrl-C; the message says how to go on."""
 
     exit_code: ClassVar[int] = _INTERRUPTED
-
-
-class PlainCommand(typer.core.TyperCommand):
-    """A command whose help has no backslashes: typer escapes brackets for markup, which is off here."""
-
-    def get_help(self, ctx: click.Context) -> str:
-        """The help as it is read."""
-        return super().get_help(ctx).replace("\\[", "[")
 
 
 app = typer.Typer(
@@ -79,10 +64,6 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(help="Look into a privacy ledger.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(ledger_app, name="ledger")
-
-FormatOption = Annotated[
-    Format, typer.Option("--format", show_default=False, help="For people (default), or one JSON object.")
-]
 
 
 def main() -> None:
@@ -151,10 +132,6 @@ def _explained(error: Exception) -> tuple[int, str]:
 
 def _complain(message: str) -> None:
     print("umbel:", " ".join(message.split()), file=sys.stderr)  # noqa: T201 (the command line's voice)
-
-
-def _print_json(document: Mapping[str, Any]) -> None:
-    print(json.dumps(document, indent=1, allow_nan=False))  # noqa: T201
 
 
 def _show_version(wanted: bool) -> None:
@@ -291,7 +268,7 @@ def _simulate(config: Any, *, baselines: bool, quiet: bool, output: Format) -> N
     except KeyboardInterrupt:
         raise RunInterruptedError(_way_back(config.run.out, baselines=baselines)) from None
     if output is Format.JSON:
-        _print_json(results)
+        print_json(results)
     else:
         console.show_results(results)
 
@@ -364,7 +341,7 @@ def _budget(epsilon: str | None) -> float | None:
 def _show_plan(plan: Mapping[str, Any], output: Format) -> None:
     """Print a plan; one that its ledger has no room for ends with that error."""
     if output is Format.JSON:
-        _print_json(plan)
+        print_json(plan)
     else:
         from umbel.console import show_plan
 
@@ -436,7 +413,7 @@ def audit(
         attack=attack if empirical else None,
     )
     if output is Format.JSON:
-        _print_json(document)
+        print_json(document)
     else:
         from umbel.console import show_audit, show_audit_together
 
@@ -455,7 +432,7 @@ def ledger_show(
 
     contents = ledger_contents(path, run)
     if output is Format.JSON:
-        _print_json(contents)
+        print_json(contents)
     else:
         from umbel.console import show_ledger
 
@@ -473,6 +450,6 @@ def ledger_head(
     head = ledger_contents(path)["head"]
     if output is Format.JSON:
         sequence, _, digest = head.partition(":")
-        _print_json({"sequence": int(sequence), "head": digest})
+        print_json({"sequence": int(sequence), "head": digest})
     else:
         print(head)  # noqa: T201
