@@ -22,7 +22,7 @@ from mpmath import libmp
 from scipy.special import ndtri
 
 from common.model import Array, IntArray
-from privacy.lines import SEEDED_NOISE
+from privacy.lines import SEEDED_NOISE, SYSTEM_NOISE
 
 Words = npt.NDArray[np.uint64]
 
@@ -49,7 +49,7 @@ class NoiseSource(Protocol):
         ...
 
     def rounded_gaussian(self, scale: Fraction, size: int) -> IntArray:
-        """`size` independent integers rint(scale·g), g standard normal."""
+        """`size` independent integers rint(scale·g), g standard normal, up to what `delta_fp` counts."""
         ...
 
 
@@ -59,7 +59,7 @@ class SystemNoise:
     Keys come from the operating system inside the call, so processes after a fork do not share noise.
     """
 
-    name = "aes-256-ctr"
+    name = SYSTEM_NOISE
 
     def rounded_gaussian(self, scale: Fraction, size: int) -> IntArray:
         """`size` independent integers rint(scale·g), g standard normal."""

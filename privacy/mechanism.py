@@ -2,19 +2,22 @@
 
 Guarantee, to one user under the zero-out relation: where each user's integers have L2 norm at most
 `grid_scale`, the result is a Gaussian release of noise multiplier z up to `delta_fp`, because for an integer
-S, S + rint(n) = rint(S + n) is post-processing of S + n. A user of up to s nodes moves s summands: that
-enters the accounting (mu = s/z), never the noise.
+S, S + rint(n) = rint(S + n) is post-processing of S + n, also where n is wider than z says. A user of up to
+s nodes moves s summands: that enters the accounting (mu = s/z), never the noise.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from common.errors import UmbelError
 from common.model import IntArray
+from privacy import discrete
 from privacy.entropy import TAU, NoiseSource
+from privacy.lines import DISCRETE_NOISE
 from privacy.participation import checked_noise_multiplier, is_noiseless
 
 # Sum and noise each below 2^62, so that their sum is an int64.
@@ -77,29 +80,48 @@ def check_capacity(max_users: int, grid_scale: int) -> None:
         raise UmbelError(f"Expected max_users * grid_scale < 2^62, got {max_users=}, {grid_scale=}. Lower one.")
 
 
-def delta_fp(epsilon: float, coordinates: int, releases: int) -> float:
-    """What finite precision adds to delta: (1 + e^epsilon) times the distance from the ideal releases.
+def coordinate_distance(noise: str, noise_multiplier: str, grid_scale: int) -> float:
+    """How far one coordinate of a release's noise is from a rounded Gaussian, in total variation; an upper bound.
 
-    Each of the two neighbours' distributions is within coordinates·releases·`TAU` of its ideal in total
-    variation; inf where e^epsilon is no longer a float.
+    Args:
+        noise: As the ledger spells it.
+        noise_multiplier: z, likewise.
+        grid_scale: K.
+    """
+    if noise != DISCRETE_NOISE:
+        return TAU
+    return TAU + discrete.distance(checked_noise_multiplier(noise_multiplier) * grid_scale)
+
+
+def distance_of(event: Mapping[str, Any]) -> float:
+    """The same for all coordinates of the release that a mechanism event pays for."""
+    coordinates = sum(group["size"] for group in event["groups"])
+    return float(coordinates * coordinate_distance(event["noise"], event["noise_multiplier"], event["grid_scale"]))
+
+
+def delta_fp(epsilon: float, distance: float) -> float:
+    """What inexact noise adds to delta: (1 + e^epsilon) times the distance from the ideal releases.
+
+    Each of the two neighbours' distributions is within `distance`, the sum of `distance_of` all releases, of its
+    ideal in total variation; inf where e^epsilon is no longer a float.
     """
     try:
-        return (1 + math.exp(epsilon)) * coordinates * releases * TAU
+        return (1 + math.exp(epsilon)) * distance
     except OverflowError:
         return math.inf
 
 
-def check_delta_fp(epsilon: float, delta: float, coordinates: int, releases: int) -> None:
+def check_delta_fp(epsilon: float, delta: float, distance: float) -> None:
     """Refuse a run whose noise is not exact enough for its delta; a run that promises nothing passes.
 
     Raises:
         UmbelError: If `delta_fp` is more than a hundredth of `delta`.
     """
-    added = delta_fp(epsilon, coordinates, releases)
+    added = delta_fp(epsilon, distance)
     if epsilon != math.inf and not added <= delta / 100:
         raise UmbelError(
             f"Expected delta_fp <= delta / 100, got delta_fp={added:.3g}, {delta=}, {epsilon=}. "
-            "Choose a smaller epsilon."
+            "Choose a smaller epsilon, or privacy.noise='rounded' if it is not."
         )
 
 

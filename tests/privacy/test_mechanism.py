@@ -8,7 +8,8 @@ import pytest
 
 from common.errors import UmbelError
 from privacy.entropy import TAU, NoNoise, SeededNoise, SystemNoise
-from privacy.mechanism import check_capacity, check_delta_fp, delta_fp, release
+from privacy.lines import CRYPTOGRAPHIC_NOISE, DISCRETE_NOISE, SYSTEM_NOISE
+from privacy.mechanism import check_capacity, check_delta_fp, coordinate_distance, delta_fp, distance_of, release
 
 
 class Recorder:
@@ -100,17 +101,33 @@ def test_capacity():
 
 
 def test_delta_fp_is_the_distance_of_both_neighbours():
-    """delta_fp is (1 + e^epsilon) per coordinate and release, and infinite where that is no float."""
-    assert delta_fp(0.0, 10, 3) == 60 * TAU
-    assert delta_fp(math.log(3), 1, 1) == pytest.approx(4 * TAU)
-    assert delta_fp(1e4, 1, 1) == math.inf
+    """delta_fp is 1 + e^epsilon times the distance, and infinite where that is no float."""
+    assert delta_fp(0.0, 30 * TAU) == 60 * TAU
+    assert delta_fp(math.log(3), TAU) == pytest.approx(4 * TAU)
+    assert delta_fp(1e4, TAU) == math.inf
+
+
+@pytest.mark.parametrize("noise", CRYPTOGRAPHIC_NOISE)
+def test_distance_of_an_event(noise):
+    """A release is as far from ideal as its coordinates together; only discrete noise gets closer as it grows."""
+    groups = [{"name": "model", "size": 40, "share": "0.9"}, {"name": "scalars", "size": 5, "share": "0.1"}]
+    event = {"groups": groups, "noise": noise, "noise_multiplier": "0.5", "grid_scale": 2**16}
+    more = 2.0**-68 if noise == DISCRETE_NOISE else 0.0  # 2^-8 (z K)^-4
+    assert distance_of(event) == 45 * (TAU + more)
+    assert distance_of(event | {"grid_scale": 2**20}) == 45 * (TAU + more / 2**16)
+
+
+def test_distance_where_nothing_is_proved():
+    """Discrete noise too narrow for the proof is charged as if it did not protect at all."""
+    assert coordinate_distance(DISCRETE_NOISE, "0.05", 2**8) >= 1
+    assert coordinate_distance(SYSTEM_NOISE, "0.05", 2**8) == TAU
 
 
 def test_refuses_a_delta_too_small_for_the_noise():
     """A hundredth of delta is what precision may cost; a run that promises nothing is not asked."""
-    check_delta_fp(8.0, 1e-12, 10**7, 1000)
-    check_delta_fp(50.0, 1e-6, 300, 50)
-    check_delta_fp(math.inf, 1e-6, 1, 1)
+    check_delta_fp(8.0, 1e-12, 10**10 * TAU)
+    check_delta_fp(50.0, 1e-6, 15_000 * TAU)
+    check_delta_fp(math.inf, 1e-6, TAU)
     for epsilon, delta in ((60.0, 1e-12), (1e4, 1e-6), (math.nan, 1e-6)):
         with pytest.raises(UmbelError, match="delta_fp"):
-            check_delta_fp(epsilon, delta, 10**7, 1000)
+            check_delta_fp(epsilon, delta, 10**10 * TAU)
