@@ -10,7 +10,7 @@ opacus' PRV stand beside it, and whoever they contradict is refused.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
@@ -68,15 +68,22 @@ def total_mu(noise_multipliers: Sequence[str], s: int = 1) -> float:
         ValueError: If a noise multiplier is not a decimal string, "0" or at least 0.05, or s is not an
             integer of at least 1.
     """
-    curve = mu_curve(noise_multipliers, s)
-    return curve[-1] if curve else 0.0
+    return _mu(sum(_costs(noise_multipliers, s))) if noise_multipliers else 0.0
 
 
 def mu_curve(noise_multipliers: Sequence[str], s: int = 1) -> tuple[float, ...]:
     """`total_mu` after each release."""
+    return tuple(map(_mu, accumulate(_costs(noise_multipliers, s))))
+
+
+def _costs(noise_multipliers: Sequence[str], s: int) -> Iterator[float]:
+    """Of each release, one by one: a ledger may have a million."""
     _check_count("max_nodes_per_user", s)
-    costs = (math.inf if is_noiseless(z) else s * s * cost_units(z) for z in noise_multipliers)
-    return tuple(math.nextafter(math.sqrt(units / UNITS), math.inf) for units in accumulate(costs))
+    return (math.inf if is_noiseless(z) else s * s * cost_units(z) for z in noise_multipliers)
+
+
+def _mu(units: float) -> float:
+    return math.nextafter(math.sqrt(units / UNITS), math.inf)
 
 
 def gdp_epsilon(noise_multipliers: Sequence[str], delta: float, s: int = 1) -> float:

@@ -1,7 +1,8 @@
 """What a release folder says beside its ledger: a line of metrics for each round, and what an attack has shown.
 
 Both are public: the metrics follow from noised sums that were charged, the attack used made-up users. Neither is
-signed, so a report shows them and bases no promise on them.
+signed, so a report shows them and bases no promise on them. Whether an attack was made on the run that it lies beside,
+`privacy.attacked` asks the ledger.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from common.errors import UmbelError
+from privacy.accounting import SMALLEST_DELTA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,14 @@ class EmpiricalAudit:
     """An attack on the mechanism of a run with made-up users.
 
     Attributes:
+        run: The run that was attacked; None for all rounds of a ledger, or where the file does not say.
+        ledger_id: Its ledger's own name; None where the file does not say, as of before umbel wrote it down.
+        ledger_head: The ledger's head at the time, "sequence:head".
+        version: Of the umbel that attacked.
         canaries: How many users were made up.
         threat: What the attack saw: "all" releases, or the "last" model.
         rounds: Of the run, as it was attacked.
+        noise_multiplier: What the ledger claimed of the first of them.
         claimed_epsilon: What the ledger claims for these rounds.
         claimed_delta: Its delta.
         confidence: With which all bounds hold together.
@@ -74,9 +81,14 @@ class EmpiricalAudit:
         alarm: Whether a bound is above what is claimed.
     """
 
+    run: str | None
+    ledger_id: str | None
+    ledger_head: str | None
+    version: str | None
     canaries: int
     threat: str
     rounds: int
+    noise_multiplier: str | None
     claimed_epsilon: float
     claimed_delta: float
     confidence: float
@@ -106,14 +118,22 @@ class EmpiricalAudit:
         )
         claimed, tpr, auroc = found["claimed"], found["tpr_at_fpr"], found["auroc"]
         epsilon, confidence = _number(claimed["epsilon"]), _number(found["confidence"])
-        if not 0 < confidence < 1:
-            raise ValueError(f"Expected 0 < confidence < 1, got {confidence=}.")
+        delta = _number(claimed["delta"])
+        if not (0 < confidence < 1 and SMALLEST_DELTA <= delta < 1):
+            raise ValueError(
+                f"Expected 0 < confidence < 1, {SMALLEST_DELTA} <= delta < 1, got {confidence=}, {delta=}."
+            )
         return cls(
+            run=_text(found, "run"),
+            ledger_id=_text(found, "ledger_id"),
+            ledger_head=_text(found, "ledger_head"),
+            version=_text(found, "umbel"),
             canaries=int(found["canaries"]),
             threat=str(found["threat"]),
             rounds=int(found["rounds"]),
+            noise_multiplier=_text(found, "noise_multiplier"),
             claimed_epsilon=epsilon,
-            claimed_delta=_number(claimed["delta"]),
+            claimed_delta=delta,
             confidence=confidence,
             bounds=bounds,
             fpr=_number(tpr["fpr"]),
@@ -168,6 +188,13 @@ def _residual_scale(numbers: Mapping[str, Any]) -> float | None:
         return math.sqrt(_number(numbers["noise_variance"]))
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _text(found: Mapping[str, Any], name: str) -> str | None:
+    value = found.get(name)
+    if not isinstance(value, str | None):
+        raise TypeError(f"Expected a text as {name}, got {value!r}.")
+    return value
 
 
 def _number(value: Any) -> float:

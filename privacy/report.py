@@ -21,13 +21,14 @@ from typing import Any
 from common.errors import UmbelError, VerificationError
 from common.files import unpack
 from privacy.accounting import PrivacySpent, mu_curve
+from privacy.attacked import Attacked, attacked
 from privacy.audit.losses import losses_at
 from privacy.audit.releases import Releases, run_of, verify_release
 from privacy.audit.verify import Anchor, Verification, verify
 from privacy.disclosure import SIGNATURE_LIMITS, UNPROTECTED, Viewpoint, tuning_note, who_sees_what
 from privacy.gaussian import epsilon_of_mu
 from privacy.lines import parse_line
-from privacy.mechanism import delta_fp
+from privacy.mechanism import delta_fp, distance_of
 from privacy.participation import is_noiseless, is_unlimited, max_contributions
 from privacy.promise import promise_of_ledger, reasons_against
 from privacy.release_files import Attendance, EmpiricalAudit, RoundMetrics, read_empirical, read_metrics
@@ -40,6 +41,10 @@ _DELTAS = (1e-5, 1e-6, 1e-7, 1e-9)
 _MOST_POINTS = 200
 _EDGE_POINTS = 60
 _MOST_ROUNDS = 10_000  # a record of each, beyond which reports would take gigabytes
+_COINS_UNPROTECTED = (
+    "Who contributed to a round of the sampled run, from whoever sees the messages of nodes before the noise: from a "
+    "node with one user they are zeros or not. Coins hide it from those who see releases only, and so does epsilon."
+)
 _PACKAGES = ("umbel", "numpy", "scipy", "flwr", "cryptography", "dp-accounting", "opacus")
 
 
@@ -173,7 +178,8 @@ class PrivacyReport:
         unit: What is protected.
         neighboring_relation: What one user's data is compared with.
         max_nodes_per_user: s.
-        mu_max: What the filter of one user on one node admits in all, as mu; inf without a limit.
+        mu_max: What the filter of one user on one node admits in all, as mu; inf without a limit. With a sampled run,
+            what all runs without sampling may cost.
         population_size: Registered users, or None.
         users_per_node: The most users that one node hosts, or None.
         budget_epsilon: What may be spent; inf where nothing is promised.
@@ -189,6 +195,9 @@ class PrivacyReport:
         rounds: All of them up to 10,000, then a selection.
         model: The released model, or None.
         empirical: What an attack on the run has shown, or None where there was none.
+        empirical_remarks: What a reader of it must know: that the run went on since, that its claim was another.
+        foreign_empirical: Why the attack in the folder is not this run's, which is why it is not shown; empty where it
+            is, or where there is none.
         who_sees_what: A table in words.
         unprotected: What epsilon does not cover.
         signature_limits: What a signature cannot show.
@@ -218,6 +227,8 @@ class PrivacyReport:
     rounds: tuple[RoundFacts, ...]
     model: ModelFacts | None
     empirical: EmpiricalAudit | None
+    empirical_remarks: tuple[str, ...]
+    foreign_empirical: tuple[str, ...]
     who_sees_what: tuple[Viewpoint, ...]
     unprotected: tuple[str, ...]
     signature_limits: tuple[str, ...]
@@ -331,10 +342,13 @@ def _report(
         raise VerificationError(f"Expected a ledger, got {ledger}: {checked.reason} There is nothing to report.")
     registry = checked.registry or {}
     delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
+    attack = (
+        Attacked(empirical=None) if empirical is None else attacked(empirical, ledger=ledger, checked=checked, run=run)
+    )
     multipliers, num_rounds = checked.noise_multipliers, len(checked.rounds)
     mu = mu_curve(multipliers, s)
     total, at_deltas = _losses(multipliers, mu[-1] if mu else 0.0, delta, s, checked.sampled)
-    coordinates, has_statistics = _shape(checked.rounds.events())
+    distance, has_statistics = _shape(checked.rounds.events())
     reasons = reasons_against(checked.rounds.events(), genesis["mu_max"])
     return PrivacyReport(
         not_private=reasons,
@@ -343,14 +357,14 @@ def _report(
         unit=genesis["unit"],
         neighboring_relation=genesis["neighboring_relation"],
         max_nodes_per_user=s,
-        mu_max=float(genesis["mu_max"]),
+        mu_max=float(checked.mu_limit),
         population_size=registry.get("population_size"),
         users_per_node=registry.get("users_per_node"),
         budget_epsilon=float(genesis["epsilon"]),
         budget_delta=delta,
         spent=total,
         at_deltas=at_deltas,
-        delta_fp=delta_fp(total.epsilon, coordinates, 1) if coordinates else 0.0,
+        delta_fp=delta_fp(total.epsilon, distance) if distance else 0.0,
         curve=tuple(
             # a sampled run is charged before its first round, with all that others may spend
             CurvePoint(number=n, epsilon=total.epsilon if checked.sampled else epsilon_of_mu(mu[n - 1], delta))
@@ -361,27 +375,29 @@ def _report(
         runs=dict(checked.runs),
         num_rounds=num_rounds,
         rounds=tuple(
-            _round_facts(number, entry, genesis["mu_max"], metrics if entry.run == run else {})
+            _round_facts(number, entry, checked.mu_limit, metrics if entry.run == run else {})
             for number in (range(1, num_rounds + 1) if num_rounds <= _MOST_ROUNDS else shown_rounds(num_rounds))
             for entry in (checked.rounds[number - 1],)
         ),
         model=model,
-        empirical=empirical,
+        empirical=attack.empirical,
+        empirical_remarks=attack.remarks,
+        foreign_empirical=attack.foreign,
         who_sees_what=who_sees_what(registry.get("users_per_node"), is_private=not reasons, statistics=has_statistics),
-        unprotected=UNPROTECTED,
+        unprotected=UNPROTECTED if checked.sampled is None else (*UNPROTECTED, _COINS_UNPROTECTED),
         signature_limits=SIGNATURE_LIMITS,
         tuning=tuning_note(len(checked.runs), num_rounds),
         versions=_versions(),
     )
 
 
-def _shape(events: Iterable[Event]) -> tuple[int, bool]:
-    """Coordinates of all releases together, and whether one of them has the statistics of AMHT-LRS."""
-    coordinates, has_statistics = 0, False
+def _shape(events: Iterable[Event]) -> tuple[float, bool]:
+    """How far all releases' noise is from ideal, and whether one of them has the statistics of AMHT-LRS."""
+    distance, has_statistics = 0.0, False
     for event in events:
-        coordinates += sum(group["size"] for group in event["groups"])
+        distance += distance_of(event)
         has_statistics = has_statistics or any(group["name"] == "A" for group in event["groups"])
-    return coordinates, has_statistics
+    return distance, has_statistics
 
 
 def _verified(ledger: Path, checked: Verification, releases_found: int | None) -> Verified:
@@ -494,10 +510,11 @@ def _model_facts(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> ModelFa
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in _PACKAGES}}
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Of a package, or that there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -54,6 +54,7 @@ _METHODS_OF_ATTACK = {
     "gaussian": "Gaussian trade-off",
 }
 _STANDARD_ERRORS = 2  # within so many a difference is taken to be chance
+_FELT = 1e-3  # a scale that moves by less is a flat line with an axis that nobody can read
 _MOST_NAMES = 40
 _OWNER_ONLY = 0o600  # an evaluation is for whoever ran the simulation
 
@@ -112,14 +113,28 @@ def write_reports(run_root: Path) -> Path:
         UmbelError: If the run has no release yet, or a file of it cannot be read.
         StorageError: If the disk fails.
     """
-    report, evaluation = report_of(run_root), read_evaluation(run_root)
-    public = render(report)
-    page, release = run_root / "report.html", run_root / "release"
-    write_report(report, html=release / "report.html", machine=release / "report.json", page=public)
-    write_durably(release / "registry.yaml", to_yaml(registry_document(report)).encode())
-    full = render(report, evaluation) if evaluation else public
-    write_durably(page, full.encode(), mode=_OWNER_ONLY)
+    report = report_of(run_root)
+    page, *_ = write_pages(run_root, report)
+    write_durably(run_root / "release" / "registry.yaml", to_yaml(registry_document(report)).encode())
     return page
+
+
+def write_pages(run_root: Path, report: PrivacyReport | None = None) -> tuple[Path, ...]:
+    """`write_reports` but for `registry.yaml`, in which the operator may have filled in blanks.
+
+    Args:
+        run_root: The run folder.
+        report: Of this run, if it is made already.
+
+    Returns:
+        The full page, and the page and the JSON of the release.
+    """
+    made, evaluation = report or report_of(run_root), read_evaluation(run_root)
+    public, full, release = render(made), run_root / "report.html", run_root / "release"
+    html, machine = release / "report.html", release / "report.json"
+    write_report(made, html=html, machine=machine, page=public)
+    write_durably(full, (render(made, evaluation) if evaluation else public).encode(), mode=_OWNER_ONLY)
+    return full, html, machine
 
 
 def write_report(report: PrivacyReport, *, html: Path, machine: Path, page: str | None = None) -> None:
@@ -190,9 +205,10 @@ def _epsilon_svg(report: PrivacyReport) -> Any:
 
 
 def _progress_svgs(report: PrivacyReport, shown: Sequence[RoundFacts]) -> list[Any]:
-    """The released residual scale over rounds and against epsilon; nothing where it is not learned."""
+    """The released residual scale over rounds and against epsilon; nothing where it is not, or hardly, learned."""
     scales = [(facts, facts.residual_scale) for facts in shown if facts.residual_scale is not None]
-    if len({scale for _, scale in scales}) <= 1:
+    largest, least = (choose((scale for _, scale in scales), default=0.0) for choose in (max, min))
+    if largest - least <= _FELT * largest:
         return []
     epsilon = {point.number: point.epsilon for point in report.curve}
     by_round = [(float(facts.server_round), scale) for facts, scale in scales]
@@ -277,6 +293,8 @@ def _shares(facts: RoundFacts) -> str:
 
 
 def _cap(facts: RoundFacts) -> str:
+    if facts.sampling != "none":
+        return "as coins fall"
     return "no limit" if facts.cap is None else f"{facts.cap:,}"
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ def audit(
     anchor: str | None = None,
     deltas: Sequence[float] = (),
     all_signatures: bool = False,
+    require_model: bool = False,
     attack: Attack | None = None,
 ) -> dict[str, Any]:
     """What `umbel audit` prints: one target's audit, or that of several together.
@@ -50,7 +52,8 @@ def audit(
         anchor: A head that somebody remembers, "sequence:head"; of one target only.
         deltas: To recompute epsilon for; by default the ledger's.
         all_signatures: Check each line's signature, not only the last.
-        attack: Also attack the mechanism of the run; of one run only, not of a bare ledger.
+        require_model: Fail what has no model that could be recomputed.
+        attack: Also attack the mechanism of the run, and write what that shows; of one run only, not of a bare ledger.
 
     Returns:
         As documented for `--format json`; its `exit_code` is the verdict.
@@ -62,7 +65,9 @@ def audit(
     if len(paths) > 1 and (anchor is not None or attack is not None):
         name = "--anchor" if attack is None else "--empirical"
         raise UmbelError(f"Expected one run with {name}, got {len(paths)}. Audit them one by one, or leave it out.")
-    checked = [_checked(path, keys, anchor, all_signatures=all_signatures) for path in paths]
+    checked = [
+        _checked(path, keys, anchor, all_signatures=all_signatures, require_model=require_model) for path in paths
+    ]
     if len(checked) > 1:
         together = compose([finding for finding, _ in checked], wanted)
         targets = [row | {"model": model} for row, (_, model) in zip(together["targets"], checked, strict=True)]
@@ -73,44 +78,48 @@ def audit(
 
 
 def _checked(
-    path: Path, keys: Collection[str], anchor: str | None, *, all_signatures: bool
+    path: Path, keys: Collection[str], anchor: str | None, *, all_signatures: bool, require_model: bool
 ) -> tuple[Finding, dict[str, Any] | None]:
     """The verdict on one target, its model included; None instead of a model for a bare ledger."""
     finding = inspect(find_target(path), public_keys=keys, anchor=anchor, all_signatures=all_signatures)
-    if finding.target.releases is None:
-        return finding, None
-    if not finding.is_good:
-        return finding, _NO_MODEL
-    check = _check_model(finding)
-    if check["status"] == "differs":
-        finding = dataclasses.replace(finding, status="failed", exit_code=FAILED, reason=check["reason"])
+    check = None if finding.target.releases is None else _check_model(finding)
+    status, reason = ("not recomputed", "a ledger alone has none.") if check is None else check.values()
+    if finding.is_good and require_model and status == "not recomputed":
+        status, reason = "differs", f"Expected a model that can be recomputed, as --require-model asks: {reason}"
+    if status == "differs":
+        finding = dataclasses.replace(finding, status="failed", exit_code=FAILED, reason=reason)
     return finding, check
 
 
-def _check_model(finding: Finding) -> dict[str, Any]:
-    if not _can_step(finding.target):
-        reason = "it takes a run folder with config.toml, schema.safetensors and the model."
-        return {"status": "not recomputed", "reason": reason}
+def _check_model(finding: Finding) -> dict[str, str]:
+    if not finding.is_good:
+        return _NO_MODEL
+    if lacking := _lacking(finding.target):
+        return {"status": "not recomputed", "reason": lacking}
     from umbel.replay import check_model  # noqa: PLC0415 (the server's world, which a ledger does not need)
 
     return dataclasses.asdict(check_model(finding.target, finding.found))
 
 
-def _can_step(target: Target) -> bool:
-    places = ("config.toml", "schema.safetensors", "release/model.safetensors")
-    return target.root is not None and all((target.root / name).exists() for name in places)
+def _lacking(target: Target) -> str:
+    """Why a model cannot be recomputed from these files; an empty string where it can."""
+    if target.root is None:
+        return "a release folder alone does not have the config.toml and schema.safetensors that it takes."
+    if not (target.root / "release/model.safetensors").exists():
+        return "there is no release/model.safetensors: the run has not ended, or somebody took it away."
+    return "" if (target.root / "schema.safetensors").exists() else "there is no schema.safetensors."
 
 
 def _attacked(found: dict[str, Any], finding: Finding, attack: Attack) -> dict[str, Any]:
-    """The audit with the attack's result; a lower bound above what the ledger claims fails it."""
+    """The audit with the attack's result, written down; a lower bound above what the ledger claims fails it."""
     if finding.target.releases is None:
         raise UmbelError(f"Expected a run folder with --empirical, got {finding.target.path}. Name the run's folder.")
     if not finding.is_good:
         return found
-    from umbel.empirical import empirical_audit  # noqa: PLC0415 (the server's world, and SciPy's)
+    from umbel.empirical import attack_run  # noqa: PLC0415 (the server's world, and SciPy's)
 
-    result = empirical_audit(finding.target.path, canaries=attack.canaries, threat=attack.threat, seed=None)
-    found = found | {"empirical": result}
+    result = attack_run(finding.target.path, canaries=attack.canaries, threat=attack.threat, seed=None)
+    found = found | {"empirical": result | _write_down(finding.target, result)}
     if not result["alarm"]:
         return found
     refuted = [bound for bound in result["bounds"] if bound["epsilon"] > result["claimed"]["epsilon"]]
@@ -120,6 +129,44 @@ def _attacked(found: dict[str, Any], finding: Finding, attack: Attack) -> dict[s
         "the mechanism, run again as the ledger says, has less noise than it claims."
     )
     return found | {"status": "failed", "exit_code": FAILED, "reason": reason}
+
+
+def _write_down(target: Target, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the attack's result beside the ledger, and a run's reports anew, which would not have it otherwise.
+
+    Returns:
+        `written`, paths; `not_written`, why not all of them, or an empty string. The attack counts all the same.
+    """
+    from umbel.empirical import write_result  # noqa: PLC0415
+
+    written: list[str] = []
+    try:
+        _check_writable(target)
+        written.append(str(write_result(target.path, result)))
+        if target.root is None:
+            return _wrote(written, "no report: it is written anew in the run's own folder only.")
+        if not (target.root / "release/ledger.jsonl").exists():
+            return _wrote(written, "no report: the run has not ended.")
+        from privacy.report_page import write_pages  # noqa: PLC0415
+
+        written += map(str, write_pages(target.root))
+    except (UmbelError, OSError) as error:
+        return _wrote(written, str(error))
+    except ModuleNotFoundError as error:
+        return _wrote(written, f'no report: it takes the package {error.name}. Run pip install "umbel[simulate]".')
+    return _wrote(written, "")
+
+
+def _wrote(written: list[str], not_written: str) -> dict[str, Any]:
+    return {"written": written, "not_written": not_written}
+
+
+def _check_writable(target: Target) -> None:
+    """Refuse before anything is written, or a folder would be left half new."""
+    release = target.path / "release"
+    for folder in (target.path, release if release.is_dir() else target.path):
+        if not os.access(folder, os.W_OK):
+            raise UmbelError(f"nothing: {folder} cannot be written to. Its reports are as they were.")
 
 
 def ledger_contents(path: Path, run: str | None = None) -> dict[str, Any]:

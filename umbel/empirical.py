@@ -8,7 +8,7 @@ sees the run as its releases show it ("all"), or nothing but the last model ("la
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from privacy.layout import Layout, layout_of_event, split_groups, to_grid
 from privacy.ledger_state import Event
 from privacy.mechanism import release
 from privacy.participation import is_noiseless
+from privacy.report import installed_version
 from server.algorithms import Algorithm, State, algorithm_of
 from server.initialization import tie_breaker
 from server.settings import RunSettings, load_run
@@ -96,6 +97,26 @@ def empirical_audit(
         UmbelError: If the run has no noise or no rounds, cannot be read, or a number is out of range.
         VerificationError: If its ledger is not valid.
     """
+    result = attack_run(run_root, canaries=canaries, threat=threat, seed=seed)
+    write_result(run_root, result)
+    return result
+
+
+def write_result(run_root: Path, result: Mapping[str, Any]) -> Path:
+    """Write `empirical.json` into the release folder of a run, and say where it is.
+
+    Raises:
+        StorageError: If the disk fails.
+    """
+    path = _release_folder(run_root) / "empirical.json"
+    write_durably(path, json.dumps(result, indent=1).encode())
+    return path
+
+
+def attack_run(
+    run_root: Path, *, canaries: int = 1000, threat: Threat = "all", seed: int | None = None
+) -> dict[str, Any]:
+    """`empirical_audit` that writes nothing."""
     started = time.perf_counter()
     if canaries < FEWEST_CANARIES or threat not in ("all", "last"):
         raise UmbelError(
@@ -104,11 +125,16 @@ def empirical_audit(
         )
     if not run_root.is_dir():
         raise UmbelError(f"Expected a run folder, got {run_root}. Name the folder that the run was written to.")
-    events, s, delta = mechanism_of(run_root)
+    mechanism = mechanism_of(run_root)
+    events, s, delta = mechanism.events, mechanism.max_nodes_per_user, mechanism.delta
     settings = load_run(run_root) if threat == "last" else None
     trials = spread(canaries, events, last=threat == "last")
     scores, included = attack(events, trials, max_nodes_per_user=s, settings=settings, seed=seed)
-    result = {
+    return {
+        "umbel": installed_version("umbel"),
+        "run": mechanism.run,
+        "ledger_id": mechanism.ledger_id,
+        "ledger_head": mechanism.ledger_head,
         "canaries": trials.canaries,
         "repetitions": trials.repetitions,
         "threat": threat,
@@ -125,12 +151,31 @@ def empirical_audit(
         ),
         "seconds": time.perf_counter() - started,
     }
-    write_durably(_release_folder(run_root) / "empirical.json", json.dumps(result, indent=1).encode())
-    return result
 
 
-def mechanism_of(run_root: Path) -> tuple[tuple[Event, ...], int, float]:
-    """The events that a run was charged for, `max_nodes_per_user`, and the ledger's delta.
+@dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """What a run claims to have done.
+
+    Attributes:
+        run: Its name; None where nothing says whose folder it is, for all rounds of the ledger.
+        ledger_id: The ledger's own name.
+        ledger_head: "sequence:head", at which the rounds were read.
+        events: That it was charged for.
+        max_nodes_per_user: s.
+        delta: The ledger's.
+    """
+
+    run: str | None
+    ledger_id: str
+    ledger_head: str
+    events: tuple[Event, ...]
+    max_nodes_per_user: int
+    delta: float
+
+
+def mechanism_of(run_root: Path) -> Mechanism:
+    """What a run was charged for.
 
     Raises:
         UmbelError: If there is nothing to attack.
@@ -148,7 +193,14 @@ def mechanism_of(run_root: Path) -> tuple[tuple[Event, ...], int, float]:
         raise UmbelError("Expected a run with noise, got one without. It claims nothing that could be refuted.")
     if any(event["sampling"] != "none" for event in events):
         raise UmbelError("Expected a run without sampling, got one with. Its claim is not a Gaussian's: no audit yet.")
-    return events, int(found.genesis["max_nodes_per_user"]), float(found.genesis["delta"])
+    return Mechanism(
+        run=run,
+        ledger_id=str(found.genesis["ledger_id"]),
+        ledger_head=f"{found.sequence}:{found.head}",
+        events=events,
+        max_nodes_per_user=int(found.genesis["max_nodes_per_user"]),
+        delta=float(found.genesis["delta"]),
+    )
 
 
 def spread(canaries: int, events: Sequence[Event], *, last: bool) -> Trials:

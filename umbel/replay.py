@@ -5,8 +5,9 @@ run's START line, and the noised sums, whose digests are in COMMIT lines. So the
 the run folder, and a model file that was changed is seen though nothing signs it.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+import json
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +30,7 @@ from server.checkpoint import load_model, load_schema
 from server.initialization import tie_breaker
 from server.settings import RunFolder
 
+_OF_THE_MOMENT = ("ledger_head", "not_private")
 _TOLERANCE = 1e-6
 """Of a parameter's largest entry: other processors and libraries round differently."""
 
@@ -58,8 +60,8 @@ def check_model(target: Target, found: Verification) -> ModelCheck:
     folder, run = RunFolder(root=target.root), target.run
     if run not in found.runs:
         return ModelCheck(status="differs", reason=f"Expected a model of a run of the ledger, got {run=}.")
-    if (other := _other_start(folder, run, found.runs[run])) is not None:
-        return other
+    if found.runs[run]["schedule"].get("schema") is None:
+        return _not_recomputed(f"the START line of run={run!r} does not say what {folder.schema.name} was.")
     released, facts = load_model(folder.model)
     try:
         config, schema = load_config(folder.config), load_schema(folder.schema)
@@ -77,20 +79,13 @@ def check_model(target: Target, found: Verification) -> ModelCheck:
         "feature_names": list(schema.feature_names),
         "target_offset": schema.target_offset,
     }
-    reason = _difference(model, released) or _other_fact(expected, facts) or _other_head(target.ledger, found, facts)
+    reason = (
+        _difference(model, released)
+        or _other_fact(expected, facts)
+        or _other_head(target.ledger, found, facts)
+        or _unexplained(folder.model, {*expected, *_OF_THE_MOMENT})
+    )
     return ModelCheck(status="differs", reason=reason) if reason else ModelCheck(status="recomputed")
-
-
-def _other_start(folder: RunFolder, run: str, started: Mapping[str, Any]) -> ModelCheck | None:
-    """What is wrong with configuration or schema, by the digests in the START line; None if nothing is."""
-    digests = {folder.config: started["configuration_digest"], folder.schema: started["schedule"].get("schema")}
-    for path, digest in digests.items():
-        if digest is None:
-            return _not_recomputed(f"the START line of run={run!r} does not say what {path.name} was.")
-        if sha256(path.read_bytes()).hexdigest() != digest:
-            reason = f"Expected {path} as run={run!r} was started (SHA-256 {str(digest)[:16]}…), got another."
-            return ModelCheck(status="differs", reason=reason)
-    return None
 
 
 def _not_recomputed(reason: str) -> ModelCheck:
@@ -129,7 +124,7 @@ def _difference(expected: SharedModel, released: SharedModel) -> str:
 def _other_fact(expected: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The first fact of the model file that is not what configuration, schema and ledger say."""
     for name, value in expected.items():
-        if facts.get(name) != value:
+        if json.dumps(facts.get(name)) != json.dumps(value):  # to Python, 1 is True
             return f"Expected {name}={value!r} in the released model, got {facts.get(name)!r}."
     return ""
 
@@ -142,6 +137,41 @@ def _other_head(ledger: Path, found: Verification, facts: Mapping[str, Any]) -> 
     events = (entry.event for entry in found.rounds if entry.sequence <= sequence)
     stamp = list(reasons_against(events, str(found.genesis["mu_max"])))
     return _other_fact({"not_private": stamp}, facts)
+
+
+def _unexplained(path: Path, explained: Collection[str]) -> str:
+    """What a model file has beyond what was recomputed: whoever reads it might take that for umbel's word.
+
+    Args:
+        path: The file, which has been read as a model.
+        explained: Facts that were compared.
+    """
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")], object_pairs_hook=_once)
+    metadata = header.pop("__metadata__")
+    facts = json.loads(metadata.pop("facts"), object_pairs_hook=_once)
+    numbers = {"b_variance", "noise_variance"}
+    for kind, found, known in (
+        ("tensor", header, {"beta", "U"}),
+        ("metadata", metadata, set()),
+        ("fact", facts, {*explained, *numbers}),
+    ):
+        if unknown := sorted(found.keys() - known):
+            return f"Expected a model with nothing else in its file, got the {kind} {unknown[0][:80]!r} too."
+    if kinds := sorted({str(entry["dtype"]) for entry in header.values()} - {"F64"}):
+        return f"Expected parameters as 64-bit floats in the released model, got {kinds[0]}."
+    if wrong := sorted(name for name in numbers if type(facts[name]) is not float):
+        return f"Expected {wrong[0]} as a number in the released model, got {facts[wrong[0]]!r}."
+    return ""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different; of two alike, other programs may read the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return found | {f"{twice} (twice)": None}
+    return found
 
 
 def _sequence_of(ledger: Path, head: str, last: int) -> int | None:

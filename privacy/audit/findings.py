@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from privacy.sampling import NO_SAMPLING
 VERIFIED, OVER_BUDGET, FAILED, OWNER_NOT_VERIFIED = 0, 3, 4, 5
 """Exit codes of `umbel audit`."""
 _ACCOUNTANTS_SLACK = 1 + 1e-6  # between machines; what is charged was rounded up
+_LONGEST_ANCHOR = 18 + 1 + 64
 _HEX_KEY = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
 
@@ -208,6 +210,8 @@ def inspect(
     if found.status == "failed" and _is_authentic_overrun(target.ledger, found, public_keys):
         status, exit_code = "over budget", OVER_BUDGET
     reason = found.reason
+    if found.status != "failed" and (unlike := _unlike_start(target, found)):
+        status, exit_code, reason = "failed", FAILED, unlike
     if exit_code in (VERIFIED, OWNER_NOT_VERIFIED) and (understated := _understated(found)):
         status, exit_code, reason = "over budget", OVER_BUDGET, understated
     return Finding(target=target, found=found, status=status, exit_code=exit_code, line=found.line, reason=reason)
@@ -268,6 +272,10 @@ def _outcomes(found: Verification) -> tuple[int, int]:
 
 
 def _anchor(text: str) -> Anchor:
+    if len(text) > _LONGEST_ANCHOR:
+        raise UmbelError(
+            f"Expected an anchor such as 41:9f3c…, got {len(text)} letters. Copy it from umbel ledger head."
+        )
     try:
         return Anchor.parse(text)
     except UmbelError as error:
@@ -312,6 +320,40 @@ def _run_name(config: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return str(name) if name else None
+
+
+def _unlike_start(target: Target, found: Verification) -> str:
+    """Which file of a run folder is gone or changed though the run's START line has its digest; or nothing.
+
+    A folder without them could not be told from one whose model was swapped.
+    """
+    if target.root is None or not found.runs:
+        return ""
+    if target.run is None:
+        missing = not (target.root / "config.toml").exists()
+        return _lacking(target.root / "config.toml", "a run of the ledger") if missing else ""
+    started = found.runs.get(target.run)
+    if started is None:
+        return ""  # no run of this ledger: its releases, or its model, say so
+    digests = {"config.toml": started["configuration_digest"], "schema.safetensors": started["schedule"].get("schema")}
+    for name, digest in digests.items():
+        path, of_run = target.root / name, f"run={target.run!r}"
+        try:
+            same = digest is None or sha256(path.read_bytes()).hexdigest() == digest
+        except FileNotFoundError:
+            return _lacking(path, of_run)
+        except OSError as error:
+            raise UmbelError(f"Expected to read {path}, got {error.strerror}. Make it readable.") from error
+        if not same:
+            return f"Expected {path} as {of_run} was started (SHA-256 {str(digest)[:16]}…), got another."
+    return ""
+
+
+def _lacking(path: Path, of_run: str) -> str:
+    return (
+        f"Expected {path}, whose digest is in the START line of {of_run}, got none: it is missing. Put it back, or "
+        "audit the release folder alone, of which the model cannot be recomputed."
+    )
 
 
 def _understated(found: Verification) -> str:

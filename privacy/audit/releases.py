@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from common.errors import StorageError
+from common.errors import UmbelError
 from common.files import unpack
 from privacy.audit.verify import Verification, verify
 from privacy.ledger_state import Round
@@ -42,13 +42,13 @@ class Releases:
         """Whether the release of a round is there, as it was committed.
 
         Raises:
-            StorageError: If it cannot be read.
+            UmbelError: If it cannot be read.
         """
         path = self.path(entry)
         try:
             return path.exists() and sha256(path.read_bytes()).hexdigest() == entry.release_digest
         except OSError as error:
-            raise StorageError(f"Expected to read {path}, got {error.strerror}.") from error
+            raise UmbelError(f"Expected to read {path}, got {error.strerror}. Get the release again.") from error
 
     def problem(self, found: Verification) -> str:
         """What is wrong with the files as a whole; an empty string if nothing is."""
@@ -113,7 +113,18 @@ def verify_release(ledger: Path, releases: Releases, **known: Any) -> Verificati
     Raises:
         UmbelError: If a file cannot be read.
     """
-    found = verify(ledger, release_found=lambda entry: releases.may_lack(entry) or releases.holds(entry), **known)
+    wrong: list[Path] = []
+
+    def is_found(entry: Round) -> bool:
+        if releases.may_lack(entry) or releases.holds(entry):
+            return True
+        wrong.append(releases.path(entry))
+        return False
+
+    found = verify(ledger, release_found=is_found, **known)
+    if wrong:
+        what = "has other bytes" if wrong[0].exists() else "is missing"
+        return dataclasses.replace(found, reason=f"{found.reason} {wrong[0]} {what}: get the release again.")
     if found.status != "failed" and (reason := releases.problem(found)):
         return dataclasses.replace(found, status="failed", reason=reason)
     return found

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from common.errors import UmbelError
 from privacy.ledger_state import LedgerState, Reading, read_file
+from privacy.lines import CRYPTOGRAPHIC_NOISE
 from privacy.rounds import Event, Round, Rounds
 from privacy.sampling import SampledRun
 
@@ -105,7 +106,7 @@ class Verification:
     @property
     def is_private(self) -> bool:
         """Whether every event names a cryptographic source of noise."""
-        return all(event["noise"] == "aes-256-ctr" for event in self.rounds.events())
+        return all(event["noise"] in CRYPTOGRAPHIC_NOISE for event in self.rounds.events())
 
 
 def verify(
@@ -166,12 +167,14 @@ def _outside_failure(
     if anchor is not None and anchor.sequence > state.sequence:
         return (
             None,
-            f"Expected lines up to {anchor.sequence}, got them up to {state.sequence}: the end is missing.",
+            f"Expected lines up to {anchor.sequence}, got them up to {state.sequence}: the end is missing, or this "
+            "head is another ledger's.",
         )
     if anchor is not None and state.head_at(anchor.sequence).hex() != anchor.head:
         return (
             anchor.sequence + 1,
-            f"Expected head {anchor.head[:16]}… here, got another: the past was rewritten.",
+            f"Expected head {anchor.head[:16]}… here, got another: the past was rewritten, or this head "
+            "is another ledger's.",
         )
     for entry in state.rounds.released() if release_found is not None else ():
         if release_found is not None and not release_found(entry):

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import dp_accounting
 import numpy as np
@@ -58,6 +59,21 @@ class TestContract:
     def test_more_releases_cost_more(self, accountant):
         """Every release adds to the loss."""
         assert accountant(["4"], 1e-6) < accountant(["4", "4"], 1e-6) < accountant(["4", "4", "3"], 1e-6)
+
+    def test_less_noise_costs_more(self, accountant):
+        """In one release of several already, and by little."""
+        costs = [accountant(["4", z], 1e-6) for z in ("100", "4", "3.9", "1", "0.5")]
+        assert all(less < more for less, more in pairwise(costs))
+
+    def test_a_smaller_delta_costs_more(self, accountant):
+        """Whatever the accountant, what holds more surely holds for a larger epsilon."""
+        costs = [accountant(["4", "4"], delta) for delta in (0.1, 1e-3, 9e-4, 1e-6, 1e-12)]
+        assert all(less < more for less, more in pairwise(costs))
+
+    def test_more_nodes_of_a_user_cost_more(self, accountant):
+        """Every further node adds to the loss."""
+        costs = [accountant(["8"], 1e-6, s) for s in (1, 2, 3, 5)]
+        assert all(less < more for less, more in pairwise(costs))
 
     @pytest.mark.parametrize(
         ("noise_multipliers", "delta", "s"),

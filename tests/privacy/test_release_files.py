@@ -49,7 +49,14 @@ def test_the_alarm_follows_from_the_bounds(tmp_path, bound, alarm):
     path.write_text(json.dumps(found))
     audit = read_empirical(path)
     assert (audit.alarm, audit.bounds[0].epsilon, audit.threat, audit.tpr.high) == (alarm, bound, "last", 0.2)
-    for wrong in ({"auroc": {"value": "0.5", "low": 0, "high": 1}}, {"confidence": 1.0}, {"bounds": None}):
+    assert (audit.run, audit.ledger_id, audit.ledger_head, audit.version) == (None, None, None, None)
+    for wrong in (
+        {"auroc": {"value": "0.5", "low": 0, "high": 1}},
+        {"confidence": 1.0},
+        {"bounds": None},
+        {"claimed": {"epsilon": 0.5, "delta": 0}},
+        {"run": 3},
+    ):
         path.write_text(json.dumps(found | wrong))
         with pytest.raises(UmbelError, match="empirical"):
             read_empirical(path)

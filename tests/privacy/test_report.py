@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 from common.errors import UmbelError, VerificationError
 from common.files import pack
+from privacy.accounting import gdp_epsilon
+from privacy.audit.verify import verify
 from privacy.disclosure import EVALUATION_NOTICE
 from privacy.keys import public_key_hex
 from privacy.lines import ZERO_HEAD, parse_line, signed_line
@@ -34,6 +36,7 @@ OWNER = public_key_hex(KEY)
 OTHER = public_key_hex(Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33))))
 DIGEST = "0f" * 32
 DELTA = 1e-6
+CLAIM = rounded_up(gdp_epsilon(["10.000000"], DELTA))
 HOSTILE = '<script>alert("x")</script>&\'$_{}'
 RESULTS = {
     "metric": "rmse",
@@ -76,7 +79,8 @@ def genesis(epsilon="2.0", s=1, population="people"):
         "delta": "0.000001",
         "mu_max": "inf" if epsilon == "inf" else mu_max_string(float(epsilon), DELTA, s),
         "public_key": OWNER,
-        "format": 1,
+        "recovery_key": "",
+        "format": 2,
     }
 
 
@@ -106,23 +110,49 @@ def lines(events, *, run="r", released=(), **about):
     return found
 
 
-def attack(*epsilons, claimed=0.5):
-    """What an empirical audit writes."""
+def attack(*epsilons, of=None, **other):
+    """What an empirical audit writes; on the run in a folder as its ledger is, or nobody says on which."""
     names = ("clopper-pearson", "one-run", "gaussian")
+    checked = None if of is None else verify(of / "release" / "ledger.jsonl")
+    made_on = {} if checked is None else made_on_run(checked)
+    return (
+        made_on
+        | {
+            "canaries": 1234,
+            "threat": "all",
+            "rounds": 1 if checked is None else len(checked.rounds),
+            "claimed": {
+                "epsilon": 0.5 if checked is None else gdp_epsilon(checked.noise_multipliers, DELTA),
+                "delta": DELTA,
+            },
+            "confidence": 0.95,
+            "bounds": [
+                {"name": name, "epsilon": epsilon, "confidence": 0.98, "assumes": f"what {name} assumes"}
+                for name, epsilon in zip(names, epsilons, strict=True)
+            ],
+            "tpr_at_fpr": {"fpr": 0.01, "tpr": 0.0321, "low": 0.0123, "high": 0.0456},
+            "auroc": {"value": 0.567, "low": 0.543, "high": 0.589},
+            "alarm": False,
+        }
+        | other
+    )
+
+
+def made_on_run(checked):
+    """What binds an attack to the one run of a ledger."""
+    (run,) = checked.runs
     return {
-        "canaries": 1234,
-        "threat": "all",
-        "rounds": 3,
-        "claimed": {"epsilon": claimed, "delta": DELTA},
-        "confidence": 0.95,
-        "bounds": [
-            {"name": name, "epsilon": epsilon, "confidence": 0.98, "assumes": f"what {name} assumes"}
-            for name, epsilon in zip(names, epsilons, strict=True)
-        ],
-        "tpr_at_fpr": {"fpr": 0.01, "tpr": 0.0321, "low": 0.0123, "high": 0.0456},
-        "auroc": {"value": 0.567, "low": 0.543, "high": 0.589},
-        "alarm": False,
+        "umbel": "0.0.9",
+        "run": run,
+        "ledger_id": checked.genesis["ledger_id"],
+        "ledger_head": f"{checked.sequence}:{checked.head}",
+        "noise_multiplier": checked.noise_multipliers[0],
     }
+
+
+def put(root, found):
+    """Leave an attack in a release folder."""
+    (root / "release" / "empirical.json").write_text(json.dumps(found))
 
 
 def run_folder(root, events, *, run="r", names=("a", "b"), results=RESULTS, **about):
@@ -251,29 +281,108 @@ def test_released_error_is_drawn_over_rounds_and_epsilon(tmp_path):
 
 def test_an_attack_stands_beside_the_claim(tmp_path):
     """Bounds, what each assumes, TPR and AUROC with intervals are on the page and in the JSON; nothing is wrong."""
-    root = run_folder(tmp_path, [event()], results=None)
+    root = run_folder(tmp_path, [event(z="10.000000")], results=None)
     assert report_of(root).empirical is None
-    (root / "release" / "empirical.json").write_text(json.dumps(attack(0.1234, 0.0, 0.4321)))
+    put(root, attack(0.1234, 0.0, 0.3321, of=root))
     write_reports(root)
     page = (root / "release" / "report.html").read_text()
     for text in (
-        *("0.1234", "0.4321", "98 %", "1,234 made-up users", "no alarm", "all releases"),
+        *("0.1234", "0.3321", "98 %", "1,234 made-up users", "no alarm", "all releases"),
         *("what clopper-pearson assumes", "what one-run assumes", "what gaussian assumes"),
         *("0.032 (0.012 to 0.046)", "0.567 (0.543 to 0.589)", "No alarm."),
     ):
         assert text in page
     assert any(
-        label.startswith("Lower bounds on epsilon:") and "claimed is 0.5" in label for label in Tags(page).labels
+        label.startswith("Lower bounds on epsilon:") and f"claimed is {CLAIM}" in label for label in Tags(page).labels
     )
     assert "ALARM" not in page
     machine = json.loads((root / "release" / "report.json").read_text())
-    assert [bound["epsilon"] for bound in machine["empirical"]["bounds"]] == [0.1234, 0.0, 0.4321]
+    assert [bound["epsilon"] for bound in machine["empirical"]["bounds"]] == [0.1234, 0.0, 0.3321]
+    assert (machine["empirical_remarks"], machine["foreign_empirical"]) == ([], [])
+    assert "Nothing signs it" in page
+    assert "Read with care" not in page
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"run": "s"}, "its run is 's', here it is 'r'"),
+        ({"run": None}, "its run is None, here it is 'r'"),
+        ({"ledger_id": "theirs"}, "its ledger_id is 'theirs', here it is 'ledger'"),
+        ({"ledger_head": "4:" + 64 * "0"}, "the ledger's head after line 4 was 0000000000000000… for it"),
+        ({"ledger_head": "9:" + 64 * "0"}, "it was made at line 9 of the ledger, which ends at line 4"),
+        ({"ledger_head": "x"}, "line 9223372036854775808"),
+        ({"ledger_head": None}, "it does not say which run"),
+        ({"rounds": 3}, "it says 3 rounds up to its line, the ledger 1"),
+    ],
+)
+def test_an_attack_on_another_run_is_not_shown_as_this_ones(tmp_path, other, words):
+    """It is named with what differs, and neither its numbers nor its alarm are on the page or in the JSON."""
+    root = run_folder(tmp_path, [event()], results=None)
+    put(root, attack(0.1, 9.876, 0.0, of=root, **other))
+    write_reports(root)
+    page = (root / "release" / "report.html").read_text()
+    machine = json.loads((root / "release" / "report.json").read_text())
+    assert machine["empirical"] is None
+    assert words in machine["foreign_empirical"][0]
+    assert escape(words, quote=False).replace("'", "&#39;") in page
+    assert "9.876" not in page
+    assert "ALARM" not in page
+    assert "another run's" in page
+
+
+def test_an_attack_on_an_earlier_state_says_so(tmp_path):
+    """It counts for the rounds that it was made on, with their claim, and the page says that the run went on."""
+    early, late = run_folder(tmp_path / "early", [event()]), run_folder(tmp_path / "late", [event()] * 2)
+    bodies = lines([event()] * 2, released=[b"release 0", b"release 1"])
+    write_lines(early / "release" / "ledger.jsonl", bodies[:5])
+    put(late, attack(0.1, 0.0, 0.3, of=early))
+    report = report_of(late)
+    assert report.foreign_empirical == ()
+    assert report.empirical_remarks == ("It was made at round 1 of 2: the run went on since.",)
+    assert report.empirical.claimed_epsilon == gdp_epsilon(["10.000000"], DELTA)
+    assert "It was made at round 1 of 2" in render(report)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"claimed": {"epsilon": 5.0, "delta": DELTA}}, "Its file claims ε = 5.000 for these rounds, the ledger 0."),
+        ({"claimed": {"epsilon": 5.0, "delta": 1e-5}}, "It was made for δ = 10⁻⁵, the ledger's is 10⁻⁶."),
+        ({"noise_multiplier": "3"}, "Its file says that z = 3, the ledger that z = 10.000000."),
+    ],
+)
+def test_an_attack_on_another_claim_is_marked(tmp_path, other, words):
+    """The ledger's claim is the one that bounds are compared with, so that a larger one hides no alarm."""
+    root = run_folder(tmp_path, [event()], results=None)
+    put(root, attack(0.1, 0.6, 0.0, of=root, **other))
+    report = report_of(root)
+    assert [words in remark for remark in report.empirical_remarks].count(True) == 1
+    assert report.empirical.alarm
+    delta = other.get("claimed", {"delta": DELTA})["delta"]
+    assert report.empirical.claimed_epsilon == gdp_epsilon(["10.000000"], delta)
+    assert escape(words, quote=False).replace("'", "&#39;") in render(report)
+
+
+def test_an_alarm_is_that_of_the_ledgers_claim(tmp_path):
+    """A file that claims less than the ledger raises no alarm by itself."""
+    root = run_folder(tmp_path, [event()], results=None)
+    put(root, attack(0.1, 0.2, 0.0, of=root, claimed={"epsilon": 0.15, "delta": DELTA}))
+    assert not report_of(root).empirical.alarm
+
+
+@pytest.mark.parametrize("without", [{"z": "0", "noise": "none"}])
+def test_what_has_no_noise_has_no_attack(tmp_path, without):
+    """Such a file is nothing that umbel makes."""
+    root = run_folder(tmp_path, [event(**without)], results=None, epsilon="inf")
+    put(root, attack(0.1, 0.2, 0.0, of=root, claimed={"epsilon": 0.15, "delta": DELTA}))
+    assert "are not attacked" in report_of(root).foreign_empirical[0]
 
 
 def test_an_alarm_comes_before_the_statement(tmp_path):
     """A bound above the claim is an alarm at the top of the page, whatever the file says of it."""
     root = run_folder(tmp_path, [event()], results=None)
-    (root / "release" / "empirical.json").write_text(json.dumps(attack(0.1, 0.6, 0.0)))
+    put(root, attack(0.1, 0.6, 0.0, of=root))
     report = report_of(root)
     page = render(report)
     assert report.empirical.alarm

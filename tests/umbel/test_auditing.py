@@ -31,6 +31,7 @@ from privacy.lines import ZERO_HEAD, signed_line
 from privacy.participation import mu_max_string
 from server.checkpoint import load_schema, save_schema
 from umbel import cli
+from umbel.empirical import write_result
 from umbel.replay import check_model, models_of
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -346,6 +347,11 @@ def test_the_model_is_recomputed(umbel: Command, finished: Path) -> None:
         (lambda arrays, facts: facts["feature_names"].reverse(), "feature_names"),
         (lambda arrays, facts: facts.update(ledger_head="0" * 64), "head"),
         (lambda arrays, facts: facts.update(not_private=["no reason"]), "not_private"),
+        (lambda arrays, facts: facts.update(sparsity=True), "Expected sparsity=1"),
+        (lambda arrays, facts: facts.update(accuracy=0.99), "the fact 'accuracy'"),
+        (lambda arrays, facts: arrays.update(w=np.zeros(3)), "the tensor 'w'"),
+        (lambda arrays, facts: arrays.update(U=arrays["U"].astype(np.float32)), "64-bit floats"),
+        (lambda arrays, facts: facts.update(b_variance=str(facts["b_variance"])), "b_variance as a number"),
     ],
 )
 def test_a_changed_model_is_seen(umbel: Command, copied: Path, change: Any, words: str) -> None:
@@ -357,6 +363,29 @@ def test_a_changed_model_is_seen(umbel: Command, copied: Path, change: Any, word
     assert words in found["reason"]
     assert words in umbel("audit", copied).out
     assert umbel("audit", copied / "release").code == 5  # nothing there to recompute it from
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda header: header.replace(b'"__metadata__":{', b'"__metadata__":{"url":"example.org",'), "metadata 'url'"),
+        (lambda header: header.replace(b'{\\"algorithm\\"', b'{\\"run\\": \\"x\\", \\"algorithm\\"'), "run (twice)"),
+    ],
+)
+def test_what_else_is_in_the_header_of_the_model_is_named(
+    umbel: Command, copied: Path, change: Any, words: str
+) -> None:
+    """Metadata beside the facts, and a fact that is there twice and that other programs read otherwise."""
+    model = copied / "release/model.safetensors"
+    data = model.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = change(data[8:start])
+    assert header != data[8:start]
+    header += b" " * (-len(header) % 8)
+    model.write_bytes(len(header).to_bytes(8, "little") + header + data[start:])
+    ended = umbel("audit", copied, "--format", "json")
+    assert (ended.code, json.loads(ended.out)["model"]["status"]) == (4, "differs")
+    assert words in json.loads(ended.out)["reason"]
 
 
 def test_another_configuration_is_seen(umbel: Command, copied: Path) -> None:
@@ -422,21 +451,69 @@ def test_a_run_whose_schema_nothing_signs_is_not_recomputed(finished: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["config.toml", "schema.safetensors"])
-def test_without_what_it_takes_the_model_is_not_recomputed(umbel: Command, copied: Path, name: str) -> None:
-    """A folder that lacks configuration or schema is audited all the same, and says what was not done."""
+def test_taking_away_what_it_takes_does_not_hide_a_swapped_model(umbel: Command, copied: Path, name: str) -> None:
+    """A run folder without a file whose digest is in START fails and names it; so it does from a notebook."""
+    change_model(copied, lambda arrays, facts: arrays["U"].__setitem__((0, 0), 1.0))
     (copied / name).unlink()
-    ended = umbel("audit", copied)
-    assert ended.code == 5
-    assert "not recomputed" in ended.out
+    ended = umbel("audit", copied, "--public-key", copied / "ledger.key")
+    assert ended.code == 4
+    assert f"{name}, whose digest is in the START line" in ended.out
+    assert audit(copied)["exit_code"] == 4
+    assert audit_together([copied, copied / "release"])["exit_code"] == 4
+    (copied / "release/model.safetensors").unlink()  # nothing says whose folder it is without config.toml
+    assert umbel("audit", copied).code == 4
 
 
-def test_a_missing_release_names_its_round(umbel: Command, copied: Path) -> None:
-    """A committed release that is gone fails with its round, and nothing is recomputed."""
-    min((copied / "release/rounds").iterdir()).unlink()
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("release", "a release folder alone"),
+        ("ledger.jsonl", "a ledger alone"),
+        ("", "there is no release/model.safetensors"),
+    ],
+)
+def test_where_the_model_must_be_recomputed_nothing_else_will_do(
+    umbel: Command, copied: Path, named: str, words: str
+) -> None:
+    """--require-model fails what is fine without it, and says what is lacking; with a model nothing changes."""
+    assert umbel("audit", copied, "--require-model").code == 5
+    if not named:
+        (copied / "release/model.safetensors").unlink()
+    assert umbel("audit", copied / named).code == 5
+    ended = umbel("audit", copied / named, "--require-model", "--format", "json")
+    found = json.loads(ended.out)
+    assert (ended.code, found["status"]) == (4, "failed")
+    assert words in found["reason"]
+    assert "--require-model" in found["reason"]
+    assert umbel("audit", copied, copied / named, "--require-model").code == 4
+
+
+def test_a_configuration_that_cannot_be_read_is_named(umbel: Command, copied: Path) -> None:
+    """One line and exit code 2: it is neither right nor wrong."""
+    (copied / "schema.safetensors").unlink()
+    (copied / "schema.safetensors").mkdir()
+    fails_in_one_line(umbel("audit", copied), 2, "schema.safetensors", "Is a directory")
+
+
+def test_a_missing_release_names_its_round_and_file(umbel: Command, copied: Path) -> None:
+    """A committed release that is gone fails with its round and its file, and nothing is recomputed."""
+    release = min((copied / "release/rounds").iterdir())
+    data = release.read_bytes()
+    release.write_bytes(data + b" ")
+    assert f"{release} has other bytes" in umbel("audit", copied).out
+    release.unlink()
     ended = umbel("audit", copied, "--format", "json")
     found = json.loads(ended.out)
     assert (ended.code, found["exit_code"]) == (4, 4)
     assert "round 1" in found["reason"]
+    assert f"{release} is missing" in found["reason"]
+    release.mkdir()
+    fails_in_one_line(umbel("audit", copied), 2, str(release), "Is a directory")
+    release.rmdir()
+    release.write_bytes(data)
+    fails_in_one_line(umbel("audit", copied, "--anchor", "9" * 5000 + ":" + "0" * 64), 2, "5065 letters")
+    assert umbel("audit", copied, "--anchor", "9:" + "0" * 64).code == 4
+    release.unlink()
     assert found["model"]["status"] == "not recomputed"
 
 
@@ -454,6 +531,7 @@ def result_of(*, alarm: bool) -> dict[str, Any]:
         "noise_multiplier": "20",
         "rounds": 2,
         "claimed": {"epsilon": 1.0, "delta": 1e-6},
+        "confidence": 0.95,
         "bounds": bounds,
         "tpr_at_fpr": {"fpr": 0.01, "tpr": 0.05, "low": 0.01, "high": 0.2},
         "auroc": {"value": 0.55, "low": 0.4, "high": 0.7},
@@ -472,35 +550,95 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return calls[0]
 
     stub = ModuleType("umbel.empirical")
-    stub.empirical_audit = attack  # type: ignore[attr-defined]
+    stub.attack_run = attack  # type: ignore[attr-defined]
+    stub.write_result = write_result  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "umbel.empirical", stub)
     return calls
 
 
-def test_the_attack_is_shown_with_its_assumptions(umbel: Command, finished: Path, asked: list[dict[str, Any]]) -> None:
+def test_the_attack_is_shown_with_its_assumptions(umbel: Command, copied: Path, asked: list[dict[str, Any]]) -> None:
     """Options reach the attack, its bounds are a table, and without an alarm the verdict is that of the ledger."""
-    ended = umbel("audit", finished, "--empirical", "--canaries", 50, "--threat", "last")
+    ended = umbel("audit", copied, "--empirical", "--canaries", 50, "--threat", "last")
     assert ended.code == 5
-    assert asked[1:] == [{"run_root": finished, "canaries": 50, "threat": "last", "seed": None}]
+    assert asked[1:] == [{"run_root": copied, "canaries": 50, "threat": "last", "seed": None}]
     assert [
         words for words in ("independent coins", "Gaussian scores", "no alarm", "AUROC") if words not in ended.out
     ] == []
-    found = json.loads(umbel("audit", finished, "--empirical", "--format", "json").out)
-    assert found["empirical"] == asked[0]
+    found = json.loads(umbel("audit", copied, "--empirical", "--format", "json").out)["empirical"]
+    assert {name: value for name, value in found.items() if "written" not in name} == asked[0]
     assert (asked[2]["canaries"], asked[2]["threat"]) == (1000, "all")
-    assert umbel("audit", finished / "release", "--empirical").code == 5
-    assert asked[3]["run_root"] == finished / "release"
+    assert umbel("audit", copied / "release", "--empirical").code == 5
+    assert asked[3]["run_root"] == copied / "release"
 
 
-def test_an_alarm_fails_the_audit(umbel: Command, finished: Path, asked: list[dict[str, Any]]) -> None:
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_audit_changes_nothing_and_an_attack_brings_the_reports_up_to_date(umbel: Command, copied: Path) -> None:
+    """The result and the pages are new, whoever reads them finds the attack, and the operator's blanks are kept."""
+    (copied / "release/registry.yaml").write_text("filled in")
+    before = contents_of(copied)
+    assert umbel("audit", copied, "--all-signatures", "--require-model").code == 5
+    assert contents_of(copied) == before
+    ended = umbel("audit", copied, "--empirical", "--canaries", 40, "--format", "json")
+    after = contents_of(copied)
+    new = ["release/empirical.json", "release/report.html", "release/report.json", "report.html"]
+    assert sorted(name for name, data in after.items() if before.get(name) != data) == new
+    found = json.loads(ended.out)["empirical"]
+    assert sorted(found["written"]) == [str(copied / name) for name in new]
+    assert found["not_written"] == ""
+    shown = json.loads(after["release/report.json"])
+    assert (shown["empirical"]["canaries"], shown["foreign_empirical"], shown["empirical_remarks"]) == (40, [], [])
+    assert b"What an attack could see" in after["report.html"]
+
+
+def test_somebody_elses_release_gets_the_result_and_no_report(
+    umbel: Command, copied: Path, asked: list[dict[str, Any]]
+) -> None:
+    """A copy of a release folder is not the run's own folder: it is said that its report is as it was."""
+    before = contents_of(copied)
+    ended = umbel("audit", copied / "release", "--empirical")
+    assert ended.code == 5
+    assert [line for line in ended.out.splitlines() if line.startswith("not written: no report")] != []
+    after = contents_of(copied)
+    assert [name for name, data in after.items() if before.get(name) != data] == ["release/empirical.json"]
+
+
+@pytest.mark.parametrize("folder", ["", "release"])
+def test_what_cannot_be_written_is_said_and_shown_all_the_same(
+    umbel: Command, copied: Path, asked: list[dict[str, Any]], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that is only for reading nothing is written, in one line, and the attack counts all the same."""
+    before = contents_of(copied)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != copied / folder)
+    ended = umbel("audit", copied, "--empirical")
+    assert ended.code == 5
+    (line,) = [line for line in ended.out.splitlines() if line.startswith("not written: ")]
+    assert str(copied / folder) in line
+    assert "AUROC" in ended.out
+    assert contents_of(copied) == before
+
+
+def test_a_disk_that_fails_does_not_take_the_attack_away(
+    umbel: Command, copied: Path, asked: list[dict[str, Any]]
+) -> None:
+    """The verdict is that of the audit, also where the result could not be written."""
+    (copied / "release/empirical.json").mkdir()
+    ended = umbel("audit", copied, "--empirical")
+    assert ended.code == 5
+    assert "not written: Expected to write" in ended.out
+
+
+def test_an_alarm_fails_the_audit(umbel: Command, copied: Path, asked: list[dict[str, Any]]) -> None:
     """A lower bound above the claim is exit code 4, with the bound that refutes it, the owner's key or not."""
     asked[0] = result_of(alarm=True)
-    ended = umbel("audit", finished, "--empirical", "--public-key", finished / "ledger.key", "--format", "json")
+    ended = umbel("audit", copied, "--empirical", "--public-key", copied / "ledger.key", "--format", "json")
     found = json.loads(ended.out)
     assert (ended.code, found["exit_code"], found["status"]) == (4, 4, "failed")
     assert "gaussian 7.5" in found["reason"]
     assert "one-run" not in found["reason"]
-    assert "ALARM" in umbel("audit", finished, "--empirical").out
+    assert "ALARM" in umbel("audit", copied, "--empirical").out
 
 
 def test_what_is_not_verified_is_not_attacked(umbel: Command, copied: Path, asked: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from common.errors import UmbelError, VerificationError
 from privacy.entropy import SystemNoise
 from privacy.gaussian import epsilon_of_mu
 from privacy.layout import Group, Layout, groups_of_event
+from privacy.ledger import PrivacyLedger
+from privacy.report import report_of
 from server.layout import contribution_layout
 from server.settings import load_run
 from tests.federation import Silent, configuration, prepare, run_real
@@ -90,6 +93,19 @@ def test_a_correct_run_raises_no_alarm(run: Path, threat: str) -> None:
     assert json.loads((run / "release" / "empirical.json").read_text()) == found
 
 
+def test_the_result_says_what_it_was_made_on(run: Path) -> None:
+    """Run, ledger, its head and the claim are in it, and the report takes it for this run's without a remark."""
+    found = empirical_audit(run, canaries=40, seed=1)
+    ledger = PrivacyLedger.open(run / "release" / "ledger.jsonl")
+    (name,) = ledger.runs
+    assert (found["run"], found["ledger_id"], found["umbel"]) == (name, ledger.ledger_id, version("umbel"))
+    assert found["ledger_head"] == f"{ledger.sequence}:{ledger.head.hex()}"
+    assert found["noise_multiplier"] == ledger.rounds_of(name)[0].event["noise_multiplier"]
+    report = report_of(run)
+    assert report.empirical is not None
+    assert (report.empirical.canaries, report.empirical_remarks, report.foreign_empirical) == (40, (), ())
+
+
 @pytest.mark.parametrize("factor", [0.7, 0.5, 0.3])
 @pytest.mark.parametrize("threat", ["all", "last"])
 def test_less_noise_than_claimed_raises_the_alarm(
@@ -103,7 +119,7 @@ def test_less_noise_than_claimed_raises_the_alarm(
 
 def test_the_area_is_that_of_the_whole_run(run: Path) -> None:
     """AUROC of all releases together is Phi(mu / sqrt 2), mu^2 the sum of z^-2, within its own 1 - 1e-6 interval."""
-    events, _, _ = mechanism_of(run)
+    events = mechanism_of(run).events
     mu = math.sqrt(sum(float(event["noise_multiplier"]) ** -2 for event in events))
     scores, included = attack(events, Trials(repetitions=2000, per_repetition=1), seed=3)
     pairs = (scores[included][:, None] > scores[~included][None, :]).mean()
@@ -217,7 +233,8 @@ def test_a_release_folder_is_enough_for_all_releases(run: Path) -> None:
 
 def test_the_attack_on_the_last_model_runs_the_servers_steps(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the server does not step, the last model shows nothing."""
-    events, s, _ = mechanism_of(run)
+    mechanism = mechanism_of(run)
+    events, s = mechanism.events, mechanism.max_nodes_per_user
     trials, settings = Trials(repetitions=100, per_repetition=1), load_run(run)
     seen, _ = attack(events, trials, max_nodes_per_user=s, settings=settings, seed=0)
     assert len(np.unique(seen)) == 100
