@@ -28,6 +28,7 @@ from typing import Any
 
 from common.errors import UmbelError
 from privacy.accounting import SMALLEST_DELTA
+from privacy.gaussian import mu_of_epsilon
 from privacy.participation import SMALLEST_NOISE_MULTIPLIER, checked_noise_multiplier, limit_units
 from privacy.prv import FOURIER_ERROR, PRV_ERROR, Sampled, prv_bounds, rdp_bound, warnings_refused
 
@@ -179,8 +180,8 @@ def amplified_curve(
 def least_noise_sampled(epsilon: float, delta: float, rounds: int, sampling_probability: str, *, s: int = 1) -> str:
     """The least noise multiplier, of six decimals, at which so many sampled rounds cost at most epsilon.
 
-    PRV's estimate finds it, to one part in 2000; then it is raised until PLD, which is never below, is within epsilon
-    and accepted.
+    PRV's estimate (where that is within PRV's own error, PLD's) finds it, to one part in 2000; then it is raised until
+    PLD, which is never below, is within epsilon and accepted.
 
     Raises:
         ValueError: If a number is out of range.
@@ -198,13 +199,20 @@ def least_noise_sampled(epsilon: float, delta: float, rounds: int, sampling_prob
         return _releases([schedule(millionths)], delta, "0", s)
 
     def estimate(millionths: int) -> float:
-        with _refusing(releases(millionths), delta):
-            return sum(prv_bounds(releases(millionths), delta)) / 2
+        asked = releases(millionths)
+        with _refusing(asked, delta):
+            lower, upper = prv_bounds(asked, delta) if epsilon > PRV_ERROR else (0.0, math.inf)
+            if lower > 0:
+                return (lower + upper) / 2
+            # below its error PRV cannot tell one epsilon from another, and PLD, which is slow with little noise, can
+            return upper if upper <= epsilon else _by_pld(asked, delta, _INTERVAL)
 
     least = math.isqrt(int(SMALLEST_NOISE_MULTIPLIER**2 * _MILLION**2) * s - 1) + 1
-    high = max(least, _MILLION // 4)
-    while rdp_bound(releases(high), delta) > epsilon:
-        high = high * 5 // 4
+    # enough without sampling, too; RDP, which is looser, is not asked for more, nor for what it cannot tell either
+    enough = max(least, math.ceil(_MILLION * s * math.sqrt(rounds) / mu_of_epsilon(epsilon, delta)))
+    high = min(enough, max(least, _MILLION // 4)) if epsilon > PRV_ERROR else enough
+    while high < enough and rdp_bound(releases(high), delta) > epsilon:
+        high = min(enough, 2 * high)
     found = _least(estimate, epsilon, least, high)
     while (cost := _accepted(releases(found), delta).epsilon) > epsilon:
         found = math.ceil(found * max(1 + 1 / _STEPS, cost / epsilon))
@@ -282,19 +290,22 @@ def _bracketed(releases: Sequence[Sampled], delta: float, interval: float) -> Am
     """What the three accountants say, by themselves."""
     with _refusing(releases, delta):
         lower, upper = prv_bounds(releases, delta)
-        rounding = _rounding(releases)
-        if rounding > delta / 2:
-            raise ValueError(f"Expected delta >= {2 * rounding:.3g} for so many rounds")
-        with warnings_refused():
-            epsilon = float(_pld(releases, interval, swapped=False).get_epsilon_for_delta(delta - rounding))
         return AmplifiedSpent(
-            epsilon=epsilon,
+            epsilon=_by_pld(releases, delta, interval),
             delta=delta,
             interval=interval,
             prv_lower=lower,
             prv_upper=upper,
             rdp_epsilon=rdp_bound(releases, delta),
         )
+
+
+def _by_pld(releases: Sequence[Sampled], delta: float, interval: float) -> float:
+    rounding = _rounding(releases)
+    if rounding > delta / 2:
+        raise ValueError(f"Expected delta >= {2 * rounding:.3g} for so many rounds")
+    with warnings_refused():
+        return float(_pld(releases, interval, swapped=False).get_epsilon_for_delta(delta - rounding))
 
 
 def _rounding(releases: Sequence[Sampled]) -> float:

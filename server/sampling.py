@@ -45,11 +45,16 @@ def check_unused(ledger: PrivacyLedger) -> None:
     Raises:
         UmbelError: If it was.
     """
-    if ledger.sampled is not None or ledger.spent_units:
+    if not is_unused(ledger):
         raise UmbelError(
             f"Expected a ledger without charges for a sampled run, whose schedule has to be fixed before the first "
             f"release, got {ledger.path} with some. Run it without privacy.sampling_probability, or name a new ledger."
         )
+
+
+def is_unused(ledger: PrivacyLedger) -> bool:
+    """Whether a ledger has neither charges nor a sampled run."""
+    return ledger.sampled is None and not ledger.spent_units
 
 
 def expected_users(users: int, sampling_probability: str | None) -> int:

@@ -34,6 +34,9 @@ def error_curve(settings: RunSettings) -> list[dict[str, Any]]:
     found = verify(Path(str(config.run.ledger)))
     delta, s = float(found.genesis["delta"]), int(found.genesis["max_nodes_per_user"])
     mu = (0.0, *mu_curve(found.noise_multipliers, s))
+    # a sampled run is charged as a whole before its first round, with all that others may spend
+    whole = None if found.sampled is None else float(found.sampled.amplified_epsilon)
+    spent = [epsilon_of_mu(each, delta) if whole is None or each == 0 else whole for each in mu]
     charged = [
         (entry.server_round, number)
         for number, entry in enumerate(found.rounds, 1)
@@ -50,7 +53,7 @@ def error_curve(settings: RunSettings) -> list[dict[str, Any]]:
     for index, model in enumerate(models_of(config, run, releases, found, schema)):
         if index in shown:
             server_round, number = steps[index]
-            epsilon = epsilon_of_mu(mu[number], delta)
+            epsilon = spent[number]
             error = held_out_error(theta_under(users, task, model), source.test, source.train, family).error()
             points.append({"round": server_round, "epsilon": epsilon if np.isfinite(epsilon) else None, "error": error})
     return points

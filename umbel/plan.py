@@ -7,13 +7,13 @@ from typing import Any
 from common.config import Config
 from common.errors import UmbelError
 from privacy.accounting import SMALLEST_DELTA, mu_curve
-from privacy.amplification import Schedule, amplified_curve, least_noise_sampled
+from privacy.amplification import Schedule, amplified_curve, checked_probability, least_noise_sampled
 from privacy.gaussian import epsilon_of_mu, replace_one
 from privacy.ledger import PrivacyLedger
 from privacy.participation import cost_units, is_noiseless, mu_max_string, noise_multiplier_for
 from privacy.promise import reasons_against
 from privacy.rounding import rounded_up
-from server.sampling import check_unused
+from server.sampling import check_unused, is_unused
 
 DEFAULT_DELTA = 1e-6
 MOST_POINTS = 500
@@ -50,7 +50,7 @@ def forecast(
         max_nodes_per_user: s; by default the ledger's, or 1.
         users: How many, where known; by default the ledger's.
         ledger_path: An existing ledger to be charged.
-        sampling_probability: q, a decimal string: also say what a coin of each user's device in each round would buy.
+        sampling_probability: q, as in "0.1" or ".1": also say what coins of the users' devices would buy.
 
     Raises:
         UmbelError: If a number is out of range or the ledger was made for another s.
@@ -62,14 +62,11 @@ def forecast(
         users = users or (ledger.registry or {}).get("population_size")
     s = _nodes_per_user(max_nodes_per_user, ledger)
     delta, notes = resolve_delta(delta, users)
+    q = None if sampling_probability is None else spelled_probability(sampling_probability)
     try:
         z = least_noise(epsilon, delta, rounds, s) if noise_multiplier is None else noise_multiplier
         mu = mu_curve([z] * rounds, s)
-        sampled = (
-            None
-            if sampling_probability is None
-            else _sampled(sampling_probability, z, rounds, epsilon=epsilon, delta=delta, s=s)
-        )
+        sampled = None if q is None else _sampled(q, z, rounds, epsilon=epsilon, delta=delta, s=s)
     except ValueError as error:
         raise UmbelError(_with_remedy(str(error))) from error
     curve = {t: epsilon_of_mu(mu[t - 1], delta) for t in points(rounds, MOST_POINTS)}
@@ -77,6 +74,8 @@ def forecast(
         for point in sampled["curve"]:
             point["epsilon_unamplified"] = curve.get(point["round"]) or epsilon_of_mu(mu[point["round"] - 1], delta)
         notes += _sampling_notes(sampled)
+    if sampled is not None and ledger is not None and not is_unused(ledger):
+        notes.append(f"{ledger.path} has charges, so it takes no sampled run: that needs a ledger of its own.")
     left = None if ledger is None else room(ledger, z, rounds)
     if left is not None and left["not_private"]:
         notes.append(f"{left['path']} is NOT PRIVATE: {'; '.join(left['reasons_against'])}.")
@@ -133,6 +132,22 @@ def forecast_of(config: Config) -> dict[str, Any]:
     if path is not None and not exists:
         plan["notes"].append(f"{path} is new: it starts with the whole budget.")
     return {**plan, "not_private": plan["not_private"] or privacy.seed is not None}
+
+
+def spelled_probability(text: str) -> str:
+    """A probability as the ledger spells it: ".1" is "0.1", as in a configuration.
+
+    Raises:
+        UmbelError: If it is none.
+    """
+    spelled = f"0{text}" if text.startswith(".") else text
+    try:
+        checked_probability(spelled)
+    except ValueError as error:
+        raise UmbelError(
+            f"{error} Write --sampling-probability as a decimal number above 0 and up to 1, such as 0.1."
+        ) from error
+    return spelled
 
 
 def room(ledger: PrivacyLedger, noise_multiplier: str, rounds: int) -> dict[str, Any]:

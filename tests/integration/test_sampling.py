@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from client.store import DeviceStore
 from common.config import Config, load_config
 from common.errors import BudgetExhausted, UmbelError, VerificationError
 from common.files import write_durably
@@ -17,10 +18,11 @@ from privacy.amplification import Schedule, amplified
 from privacy.audit import audit
 from privacy.audit.verify import verify
 from privacy.ledger import PrivacyLedger
+from privacy.participation import cost_units
 from server.settings import RunFolder
 from tests.federation import Silent, configuration, prepare, run_real
 from umbel import cli
-from umbel.simulate import lay_out, most_heads
+from umbel.simulate import lay_out, most_heads, run_engine
 
 Q, ROUNDS, DELTA = "0.4", 3, 1e-6
 
@@ -170,6 +172,24 @@ def test_a_ledger_that_was_charged_meanwhile_takes_no_sampled_run(tmp_path):
     with pytest.raises(UmbelError, match="without charges"):
         run_real(late)
     assert (tmp_path / "all.jsonl").read_bytes().replace(before, b"").count(b'"type":"START"') == 0
+
+
+def test_nodes_in_other_processes_toss_their_own_coins(tmp_path):
+    """Under Flower's Simulation Engine: every node answers, its store has heads and tails, and the audit is content."""
+    config = prepare(sampled(tmp_path / "run", training__engine="flower", training__nodes=2))
+    folder = RunFolder(root=tmp_path / "run")
+    rounds = run_engine(config, folder)
+    assert [(line["answered"], line["refusals"]) for line in rounds] == [(2, {})] * ROUNDS
+    assert {line["epsilon_spent"] for line in rounds} == {rounds[0]["epsilon_spent"]}
+    cost, charges = cost_units(str(config.run.noise_multiplier)), []
+    for node in range(2):
+        users = [f"user-{i}" for i in range(6 * node, 6 * node + 6)]
+        with DeviceStore.open(folder.nodes / f"node-{node}.sqlite", []) as store:
+            assert store.known(users).all()
+            charges += (store.spent(users) // cost).tolist()
+    assert 0 < sum(charges) < 12 * ROUNDS  # all heads or all tails: fewer than once in ten million runs
+    found = audit(tmp_path / "run")
+    assert (found["exit_code"], found["releases"]["compared"]) == (5, ROUNDS)
 
 
 def test_amht_lrs_is_sampled_too(tmp_path):

@@ -189,6 +189,13 @@ class TestLeastNoise:
         less = f"{float(z) * 0.998:.6f}"
         assert amplified([schedule(less, q, rounds)], 1e-6, s=s).epsilon > epsilon
 
+    def test_a_budget_within_the_error_of_prv_is_found_too(self):
+        """One release costs what the exact formula says; PRV's bounds and RDP cannot tell such epsilons apart."""
+        z = float(least_noise_sampled(0.004, 1e-6, 1, "0.5"))
+        within = math.log1p(math.expm1(0.004) / 0.5)
+        assert 0.5 * delta_of_epsilon(within, 1 / z) <= 1e-6
+        assert 0.5 * delta_of_epsilon(within, 1 / (0.98 * z)) > 1e-6
+
     def test_without_sampling_it_is_the_exact_noise(self):
         """Five rounds for epsilon 1 need 9.45, as in the table."""
         assert float(least_noise_sampled(1.0, 1e-6, 5, "1")) == pytest.approx(9.45, abs=0.01)

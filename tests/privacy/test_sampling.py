@@ -10,11 +10,14 @@ from common.errors import BudgetExhausted, UmbelError
 from privacy.amplification import Schedule, amplified
 from privacy.audit import audit, audit_together
 from privacy.audit.verify import verify
+from privacy.keys import public_key_hex
 from privacy.ledger import PrivacyLedger
-from privacy.participation import cost_units, mu_max_string
+from privacy.participation import cost_units, max_contributions, mu_max_string
 from privacy.registry_yaml import registry_document
 from privacy.report import report_of_ledger
+from privacy.report_page import render
 from privacy.sampling import is_sampling, probability_of
+from server.sampling import is_unused
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 DIGEST = "0f" * 32
@@ -122,6 +125,20 @@ def test_it_comes_before_every_charge(ledger):
     ledger.abort(ledger.reserve("capped", 1, capped(), 3).sequence, "no_answer")
     with pytest.raises(ValueError, match="first that is charged"):
         ledger.start("r", START, DIGEST)
+
+
+def test_lost_lines_come_before_it_as_charges_do(path):
+    """Nobody knows what they have released, so behind a RESTORE line no schedule is fixed before the first release."""
+    recovery = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+    with PrivacyLedger.create(
+        path, population="p", epsilon=1.0, delta=DELTA, mu_max=mu_max_string(1.0, DELTA), max_nodes_per_user=1,
+        key=KEY, recovery_key=public_key_hex(recovery),
+    ) as ledger:  # fmt: skip
+        assert is_unused(ledger)
+        ledger.restore(up_to=3, noise_multiplier="100", recovery_key=recovery)
+        assert not is_unused(ledger)
+        with pytest.raises(ValueError, match="first that is charged"):
+            ledger.start("r", START, DIGEST)
 
 
 def test_there_is_one_of_it(ledger):
@@ -266,6 +283,13 @@ def test_a_report_says_the_amplified_epsilon(ledger, path):
         ("Poisson, q = 0.1", True),
         ("none", False),
     ]
+    # of the limit that START has left to runs without sampling, not of the one in GENESIS
+    assert (report.mu_max, report.rounds[1].cap) == (0.1, max_contributions("0.1", CAPPED))
+    assert report.rounds[1].cap < max_contributions(mu_max_string(1.0, DELTA), CAPPED)
+    assert any("before the noise" in sentence for sentence in report.unprotected)
+    page = render(report)
+    assert "as coins fall" in page
+    assert "no limit" not in page
     assert "toss the coins" in report.statement
     loss, accounting = (registry_document(report)["deployment"][name] for name in ("privacy_loss", "accounting"))
     assert "exact" not in loss["privacy_parameters_details"]

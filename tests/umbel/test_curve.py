@@ -57,6 +57,14 @@ def test_a_later_run_begins_where_the_ledger_stood(tmp_path: Path) -> None:
     assert second[0]["epsilon"] == first[-1]["epsilon"] > first[0]["epsilon"] == 0
 
 
+def test_a_sampled_run_has_spent_all_of_it_from_its_first_round_on(tmp_path: Path) -> None:
+    """As charged when it started, and not what its rounds would cost without coins."""
+    results = run(tmp_path / "run", training__rounds=2, privacy__sampling_probability="0.3")
+    spent = results["privacy"]["epsilon"]
+    curve = error_curve(load_run(tmp_path / "run"))
+    assert [point["epsilon"] for point in curve] == [0, *[pytest.approx(spent, abs=1e-8)] * 2]
+
+
 def test_without_noise_epsilon_is_null(tmp_path: Path) -> None:
     """After the first round without noise nothing finite is spent; without baselines there is no curve."""
     results = run(tmp_path / "run", privacy__epsilon="none", training__rounds=2)

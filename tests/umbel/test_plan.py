@@ -3,9 +3,12 @@
 import math
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from common.config import load_config
 from common.errors import UmbelError
 from privacy.accounting import gdp_epsilon
+from privacy.ledger import PrivacyLedger
 from privacy.participation import max_contributions, mu_max_string
 from umbel.plan import forecast, least_noise
 
@@ -74,11 +77,37 @@ class TestSampling:
         """A plan without a probability is as before, with null."""
         assert forecast(epsilon=1.0, noise_multiplier=None, delta=1e-6, rounds=5)["sampling"] is None
 
-    @pytest.mark.parametrize("q", ["0", "1.5", "nan", "1e-3"])
+    @pytest.mark.parametrize(
+        "q", ["0", "0.0", "1.5", "-.1", "nan", "1e-3", "", ".", "1.", "0,1", "0.0000000000000000001"]
+    )
     def test_what_is_no_probability_is_refused(self, q):
-        """Zero, more than one and what is no decimal are bad input."""
-        with pytest.raises(UmbelError, match="sampling_probability"):
+        """Zero, more than one and what is no decimal are bad input, and the remedy names the option."""
+        with pytest.raises(UmbelError, match="Write --sampling-probability as a decimal number"):
             forecast(epsilon=1.0, noise_multiplier=None, delta=1e-6, rounds=5, sampling_probability=q)
+
+    @pytest.mark.parametrize("q", [".5", "0.5"])
+    def test_a_probability_is_spelled_as_a_simulation_takes_it(self, q):
+        """With or without a zero before the point, here and in a configuration, it is what the ledger says."""
+        plan = forecast(epsilon=None, noise_multiplier="4", delta=1e-6, rounds=1, sampling_probability=q)
+        assert plan["sampling"]["sampling_probability"] == "0.5"
+        assert load_config(None, {"privacy.sampling_probability": q}).privacy.sampling_probability == "0.5"
+
+    def test_a_ledger_with_charges_takes_no_sampled_run(self, tmp_path):
+        """A plan says so; of an empty one it does not."""
+        path = tmp_path / "ledger.jsonl"
+
+        def notes() -> str:
+            options = {"epsilon": None, "noise_multiplier": "40", "delta": 1e-6, "rounds": 1}
+            return " ".join(forecast(**options, ledger_path=path, sampling_probability="0.5")["notes"])
+
+        key = Ed25519PrivateKey.generate()
+        with PrivacyLedger.create(
+            path, population="p", epsilon=1.0, delta=1e-6, mu_max="0.2", max_nodes_per_user=1, key=key
+        ) as ledger:
+            assert "takes no sampled run" not in notes()
+            schedule = {"rounds": 1, "noise_multiplier": "40", "sampling": {"poisson": "0.5"}}
+            ledger.start("r", schedule | {"capped_mu_max": "0", "amplified_epsilon": "0.1"}, "0f" * 32)
+        assert "takes no sampled run" in notes()
 
     def test_no_noise_is_not_amplified(self):
         """There is nothing to amplify without noise."""
