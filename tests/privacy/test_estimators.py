@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest, multivariate_normal, norm
+from scipy.stats import beta, binom, binomtest, multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 
 from privacy.audit.estimators import (
@@ -91,13 +91,11 @@ def test_the_best_threshold_without_a_price_would_be_noticed():
 
     def careless(scores_in, scores_out):
         thresholds = np.concatenate([scores_in, scores_out])
-        rates = ((np.sort(x)[:, None] > thresholds).sum(0) for x in (scores_in, scores_out))
-        bounds = (
-            (norm.ppf(_at_least(t, scores_in.size, 0.05)), norm.ppf(_at_most(f, scores_out.size, 0.05)))
-            for t, f in zip(*rates, strict=True)
-            if t
-        )
-        return max(tpr - fpr for tpr, fpr in bounds)
+        rates = [(x[:, None] > thresholds).sum(0) for x in (scores_in, scores_out)]
+        true, false = (count[rates[0] > 0] for count in rates)
+        tpr = beta.ppf(0.05, true, scores_in.size - true + 1)
+        fpr = beta.ppf(0.95, false + 1, scores_out.size - false)
+        return (norm.ppf(tpr) - norm.ppf(fpr)).max()
 
     audits = 100
     wrong = sum(careless(*scores(seed, canaries=1000)) > 1.0 for seed in range(audits))
