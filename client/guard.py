@@ -12,14 +12,13 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 import numpy as np
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from common.errors import LedgerCorrupt, Refused, VerificationError
+from client.ledger_lines import LedgerLines, check_last_line, follow, key_in_force, parse_lines, restored
+from common.errors import Refused
 from common.records import Broadcast
 from common.task import Task
 from privacy.layout import GRID_SCALES, group_sizes
-from privacy.lines import ZERO_HEAD, Line, chain, parse_line, replay, verify_line
+from privacy.lines import CRYPTOGRAPHIC_NOISE, chain, replay
 from privacy.participation import checked_noise_multiplier, cost_units, is_unlimited, limit_units
 from privacy.sampling import NO_SAMPLING, probability_of, sampled_run
 
@@ -33,6 +32,7 @@ class Policy:
 
     Attributes:
         public_key: Ed25519 key of the ledger, 32 bytes.
+        recovery_key: Ed25519 key of the operator that alone may go on beyond lost lines of the ledger, or None.
         ledger_id: The one ledger this node answers, or None to trust the first: the caller then puts in what
             `DeviceStore.pinned_ledger` says.
         mu_max: Limit of each user on this node, a decimal string, or "inf" for none.
@@ -49,12 +49,14 @@ class Policy:
         max_clipping_norm: The largest.
         max_deadline_ahead: How far away a deadline may be, in seconds.
         allow_not_private: Answer releases without noise or with seeded noise: for simulations.
+        require_sealing: Answer only where the reply can be sealed to the ServerApp.
         allow_sampling: Answer sampled runs.
         min_sampling_probability: The least q of one, a decimal string: with very few heads a release is mostly noise.
         max_sampling_probability: The largest.
     """
 
     public_key: bytes
+    recovery_key: bytes | None = None
     ledger_id: str | None = None
     mu_max: str
     min_noise_multiplier: str = "0.05"
@@ -69,6 +71,7 @@ class Policy:
     max_clipping_norm: float = 1e11  # a sum of squares in the target's own units; a ledger spells up to 1e12
     max_deadline_ahead: float = 86_400.0
     allow_not_private: bool = False
+    require_sealing: bool = False
     allow_sampling: bool = True
     min_sampling_probability: str = "0"
     max_sampling_probability: str = "1"
@@ -79,8 +82,10 @@ class Policy:
         Raises:
             ValueError: If a limit is not one.
         """
-        if len(self.public_key) != 32:
-            raise ValueError(f"Expected a public_key of 32 bytes, got {len(self.public_key)}.")
+        for name in ("public_key", "recovery_key"):
+            key = getattr(self, name)
+            if key is not None and len(key) != 32:
+                raise ValueError(f"Expected a {name} of 32 bytes, got {len(key)}.")
         checked_noise_multiplier(self.min_noise_multiplier)
         if not is_unlimited(self.mu_max):
             limit_units(self.mu_max)
@@ -107,6 +112,7 @@ class Accepted:
         event: The mechanism event of its RESERVE line; None for `fold_in`.
         sequence: Last line of the ledger, to be stored before anything is answered.
         head: The ledger's head there.
+        public_key: The ledger's key in force, to be stored likewise.
     """
 
     broadcast: Broadcast
@@ -114,6 +120,7 @@ class Accepted:
     event: Mapping[str, Any] | None
     sequence: int
     head: bytes
+    public_key: bytes
 
 
 def check(
@@ -130,7 +137,7 @@ def check(
     Args:
         payload: The encoded `Broadcast`.
         signature: Ed25519 over `payload`.
-        policy: The node's own limits.
+        policy: The node's own limits; `public_key` is the one that was in force when the node last answered.
         acknowledged: From `DeviceStore.acknowledged` for the ledger the policy is pinned to.
         now: Unix time in seconds.
         users: How many users the node would sum over.
@@ -138,37 +145,37 @@ def check(
     Raises:
         Refused: With a code of `REFUSAL_CODES`, and never another exception, whatever the message holds.
     """
-    _check_signature(payload, signature, policy.public_key)
+    key = key_in_force(payload, signature, policy.public_key)
     broadcast = _decoded(payload)
     if policy.ledger_id not in (None, broadcast.ledger_id):
         _refuse("ledger_unknown", f"the ledger {policy.ledger_id}", "another")
+    if policy.require_sealing and broadcast.purpose == "train" and not broadcast.sealing_key:
+        _refuse("policy_sealing", "a key to seal the contribution to", "none")
     if users > policy.max_users_per_node:
         _refuse("policy_users", f"at most {policy.max_users_per_node} users", users)
     if not now <= broadcast.deadline <= now + policy.max_deadline_ahead:
         _refuse("deadline", f"a deadline within {policy.max_deadline_ahead} s from now", broadcast.deadline)
     task = _checked_task(broadcast, policy)
+    if broadcast.purpose not in ("train", "fold_in"):
+        _refuse("purpose", "purpose train or fold_in", repr(broadcast.purpose))
+    lines = parse_lines(broadcast.lines)
+    line = check_last_line(lines, key)
+    event: Mapping[str, Any] | None = None
     if broadcast.purpose == "train":
-        line = _reserve_line(broadcast, policy.public_key)
+        _check_reserve(lines, broadcast)
+    acknowledged = restored(lines, broadcast, acknowledged, policy.recovery_key)
+    if broadcast.purpose == "train":
         sequence, head = replay(*acknowledged, broadcast.digests_from, broadcast.digests, [line.raw])
         event = line.body["event"]
-        _check_sampling(event, line, broadcast, policy)
+        _check_sampling(lines, broadcast, policy)
         _check_event(event, task, broadcast, policy)
-        return Accepted(broadcast=broadcast, task=task, event=event, sequence=sequence, head=head)
-    if broadcast.purpose == "fold_in":
-        sequence, head = _follow(*acknowledged, broadcast)
-        return Accepted(broadcast=broadcast, task=task, event=None, sequence=sequence, head=head)
-    _refuse("purpose", "purpose train or fold_in", repr(broadcast.purpose))
+    else:
+        sequence, head = follow(line, broadcast, acknowledged)
+    return Accepted(broadcast=broadcast, task=task, event=event, sequence=sequence, head=head, public_key=key)
 
 
 def _refuse(code: str, expected: str, got: object) -> NoReturn:
     raise Refused(code, f"Expected {expected}, got {got}.")
-
-
-def _check_signature(payload: bytes, signature: bytes, public_key: bytes) -> None:
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, payload)
-    except (InvalidSignature, ValueError, TypeError):
-        _refuse("signature", "a broadcast signed by the ledger's key", "another signature")
 
 
 def _decoded(payload: bytes) -> Broadcast:
@@ -211,47 +218,24 @@ def _checked_task(broadcast: Broadcast, policy: Policy) -> Task:
     return task
 
 
-def _reserve_line(broadcast: Broadcast, public_key: bytes) -> Line:
-    """The RESERVE line of this round, which alone says how the release is made."""
-    try:
-        *before, text = broadcast.lines
-        line = verify_line(text.encode("ascii"), public_key.hex())
-    except VerificationError as error:
-        code = "malformed" if isinstance(error, LedgerCorrupt) else "signature"
-        raise Refused(code, "Expected a ledger line signed by the ledger's key, got another.") from error
-    except ValueError as error:
-        raise Refused("malformed", "Expected a ledger line in ASCII, got another text.") from error
-    if len(before) != (line.kind == "RESERVE" and line.body["event"]["sampling"] != NO_SAMPLING):
-        _refuse("malformed", "one ledger line, and that of START before it for a sampled run", "others")
-    named = (line.kind, line.body.get("run"), line.body.get("round"))
-    if named != ("RESERVE", broadcast.run, broadcast.server_round):
+def _check_reserve(lines: LedgerLines, broadcast: Broadcast) -> None:
+    """Check that the last line is the RESERVE line of this round, which alone says how the release is made."""
+    line = lines.last
+    if (line.kind, line.body.get("run"), line.body.get("round")) != ("RESERVE", broadcast.run, broadcast.server_round):
         _refuse("malformed", "the RESERVE line of this run and round", "another line")
-    return line
+    if (lines.start is None) != (line.body["event"]["sampling"] == NO_SAMPLING):
+        _refuse("malformed", "the START line of a sampled run, and of no other", "another")
 
 
-def _follow(sequence: int, head: bytes, broadcast: Broadcast) -> tuple[int, bytes]:
-    """Sequence and head after the digests of a message without lines: it may bring nothing new."""
-    first, digests = broadcast.digests_from, broadcast.digests
-    last = first + len(digests) - 1
-    if broadcast.lines:
-        _refuse("malformed", "no ledger lines in a message that asks for no contribution", "some")
-    if first < 0 or first > sequence + 1:
-        _refuse("ledger_gap", f"digests from line {sequence + 1} or before", f"digests_from={first}")
-    if last < sequence:
-        _refuse("ledger_rollback", f"a ledger up to line {sequence} or beyond", f"line {last}")
-    if first == 0 and chain(ZERO_HEAD, digests[: sequence + 1]) != head:
-        _refuse("ledger_fork", f"the lines up to {sequence} as they were acknowledged", "others")
-    return last, chain(head, digests[sequence + 1 - first :])
-
-
-def _check_sampling(event: Mapping[str, Any], line: Line, broadcast: Broadcast, policy: Policy) -> None:
+def _check_sampling(lines: LedgerLines, broadcast: Broadcast, policy: Policy) -> None:
     """Check that a sampled release is one of the schedule that its run was started with, in this very ledger.
 
     Amplified epsilon is right only for a schedule that was fixed, and charged as a whole, before the first release.
     The START line leads, by the digests after it, to the RESERVE line, which leads on from what this node has seen.
     """
+    start, line, event = lines.start, lines.last, lines.last.body["event"]
     q = probability_of(event["sampling"])
-    if q is None:
+    if q is None or start is None:
         return
     if not policy.allow_sampling:
         _refuse("policy_sampling", "a release without sampling", "a sampled one")
@@ -259,9 +243,8 @@ def _check_sampling(event: Mapping[str, Any], line: Line, broadcast: Broadcast, 
         bounds = f"{policy.min_sampling_probability} <= q <= {policy.max_sampling_probability}"
         _refuse("policy_sampling", bounds, f"q={event['sampling']['poisson']}")
     try:
-        start = parse_line(broadcast.lines[0].encode("ascii"))
         schedule = sampled_run(start.body["run"], start.body["schedule"])
-    except (LedgerCorrupt, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise Refused("malformed", "Expected the START line of a sampled run, got another.") from error
     after = start.sequence + 1 - broadcast.digests_from
     if not 0 < after <= len(broadcast.digests) - 1:
@@ -290,7 +273,7 @@ def _check_event(event: Mapping[str, Any], task: Task, broadcast: Broadcast, pol
 
 
 def _check_noise(noise: str, noise_multiplier: str, policy: Policy) -> None:
-    if noise != "aes-256-ctr" and not policy.allow_not_private:
+    if noise not in CRYPTOGRAPHIC_NOISE and not policy.allow_not_private:
         _refuse("policy_not_private", "noise from a cryptographic source", f"noise={noise!r}")
     if noise == "none":
         return

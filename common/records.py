@@ -72,14 +72,16 @@ class Broadcast:
         run: Which run of that ledger.
         server_round: Number of the round within the run, from 1; 0 for `fold_in`.
         purpose: `train` asks for a contribution, `fold_in` asks only that users personalize and keep it.
-        lines: Raw ledger lines of this release: for `train` the RESERVE line, which alone says noise, clipping
-            norm, shares and grid; empty for `fold_in`.
+        lines: Raw ledger lines: every KEY line; the last RESTORE line where a node may have seen what was lost; for a
+            sampled run its START line; for `train` the RESERVE line, which alone says noise, clipping norm, shares
+            and grid.
         digests_from: Sequence number of the first line in `digests`.
         digests: `t x 32` uint8, SHA-256 of each raw ledger line from `digests_from` up to the head.
         deadline: Unix time in seconds after which a reply no longer counts.
         task: Public settings of the computation (family, sparsity, ...), plain values.
         model: The prior of this round.
         metric: `d x d` lower triangular R, the public metric in which gradients are clipped.
+        schema: `DataSchema.digest` of the data that the model is for, hex.
         sealing_key: X25519 public key of this release (32 bytes), or empty where contributions are not sealed.
     """
 
@@ -94,6 +96,7 @@ class Broadcast:
     task: Mapping[str, Any]
     model: SharedModel
     metric: Array
+    schema: str
     sealing_key: bytes = b""
 
     def encode(self) -> bytes:
@@ -110,6 +113,7 @@ class Broadcast:
             "task": dict(self.task),
             "b_variance": self.model.b_variance,
             "noise_variance": self.model.noise_variance,
+            "schema": self.schema,
             "sealing_key": self.sealing_key.hex(),
         }
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -145,6 +149,7 @@ class Broadcast:
                 task=dict(header["task"]),
                 model=model,
                 metric=arrays["metric"],
+                schema=str(header["schema"]),
                 sealing_key=bytes.fromhex(header["sealing_key"]),
             )
             d = broadcast.model.beta.size

@@ -12,8 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from common.errors import REFUSALS, Refused
-
-SIGNATURE_BYTES = 64  # Ed25519, RFC 8032
+from common.sealing import SIGNATURE_BYTES
 
 # All that a node may say about why it does not answer, and what Flower's errors are read as.
 _RECORD = "payload"

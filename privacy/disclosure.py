@@ -58,8 +58,10 @@ def who_sees_what(users_per_node: int | None, *, is_private: bool, statistics: b
         ),
         Viewpoint(
             who="The message broker (SuperLink), its database, proxies and their operators",
-            sees="The same messages as the server: this version does not encrypt contributions end to end.",
-            means="Trusted like the server. TLS, where it is set up, protects the wire and nothing else.",
+            sees="Contributions sealed to a key that lives for one release, all of one size; who is asked, answers and "
+            "when.",
+            means="Not trusted with contributions: what they copy can never be opened once the round is over. They can "
+            "hold messages back, and whoever may start runs there can send code to nodes that accept it.",
         ),
         Viewpoint(
             who="A node",
@@ -103,6 +105,8 @@ SIGNATURE_LIMITS = (
     "is not signed, so in a release folder alone changed bytes in it are not noticed.",
     "That everything done with these people's data was charged here. A second ledger is invisible to the first.",
     "That registered users are different people.",
+    "What was in lines that a RESTORE line stands for. They are charged as releases with the least noise that the "
+    "ledger knows of; a lost run with less noise is not.",
     "That an attack which this page shows was made on this run: its file is not signed. Make it again.",
     "That this page is what the ledger says. Recompute it from the ledger.",
 )

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -35,7 +36,7 @@ from common.files import sync_directory
 from privacy.gaussian import epsilon_of_mu
 from privacy.keys import public_key_hex
 from privacy.ledger_state import Event, LedgerState, Reading, Round, read_file
-from privacy.lines import FORMAT, NEIGHBORING_RELATION, UNIT, ZERO_HEAD, Line, chain, parse_line, signed_line
+from privacy.lines import FORMAT, NEIGHBORING_RELATION, UNIT, Line, parse_line, recovery_statement, signed_line
 from privacy.sampling import SampledRun
 
 _FIRST_BYTES = b'{"body":{"delta":'
@@ -83,6 +84,7 @@ class PrivacyLedger:
         mu_max: str,
         max_nodes_per_user: int,
         key: Ed25519PrivateKey,
+        recovery_key: str = "",
         ledger_id: str | None = None,
     ) -> Self:
         """Make a new ledger with its GENESIS line.
@@ -96,6 +98,7 @@ class PrivacyLedger:
             mu_max: Limit of one (user, node), rounded down: `participation.mu_max_string`.
             max_nodes_per_user: s, the most nodes that one user's data may be on.
             key: Owner of the ledger.
+            recovery_key: Public key, hex, of the only one who may go on beyond lost lines; "" for nobody.
             ledger_id: A name of its own, random if not given.
 
         Raises:
@@ -113,6 +116,7 @@ class PrivacyLedger:
             "delta": _decimal_string(delta),
             "mu_max": mu_max,
             "public_key": public_key_hex(key),
+            "recovery_key": recovery_key,
             "format": FORMAT,
         }
         descriptor = _open_locked(path, os.O_CREAT)
@@ -178,7 +182,7 @@ class PrivacyLedger:
 
     def head_at(self, sequence: int) -> bytes:
         """h_t of line `sequence`."""
-        return chain(ZERO_HEAD, self._state.digests(0, sequence + 1))
+        return self._state.head_at(sequence)
 
     @property
     def sequence(self) -> int:
@@ -231,6 +235,21 @@ class PrivacyLedger:
         return self._state.sampled_start
 
     @property
+    def key_lines(self) -> tuple[bytes, ...]:
+        """KEY lines, raw, by which nodes follow from key to key."""
+        return tuple(self._state.key_lines)
+
+    @property
+    def restored(self) -> Line | None:
+        """The last RESTORE line, which nodes that have seen a lost line want to see; or None."""
+        return self._state.restored
+
+    @property
+    def last(self) -> Line | None:
+        """The last line."""
+        return self._state.last
+
+    @property
     def mu_limit(self) -> str:
         """What runs without sampling may cost one (user, node) together, a decimal string or "inf"."""
         return self._state.mu_limit
@@ -266,9 +285,14 @@ class PrivacyLedger:
         return self._state.would_exceed(event)
 
     def digests_since(self, sequence: int) -> npt.NDArray[np.uint8]:
-        """`t x 32`, the digests of all lines after line `sequence` (-1: of all lines), up to the head."""
-        if not -1 <= sequence <= self.sequence:
-            raise ValueError(f"Expected -1 <= sequence <= {self.sequence}, got {sequence=}.")
+        """`t x 32`, the digests of all lines after line `sequence` (-1: of all lines), up to the head.
+
+        Raises:
+            ValueError: If there is no such line, or lines were lost after it.
+        """
+        least = -1 if self.restored is None else self.restored.sequence - 1
+        if not least <= sequence <= self.sequence:
+            raise ValueError(f"Expected {least} <= sequence <= {self.sequence}, got {sequence=}.")
         return self._state.digests(sequence + 1, self.sequence + 1)
 
     def events(self) -> tuple[Event, ...]:
@@ -346,6 +370,49 @@ class PrivacyLedger:
         self._append("KEY", {"public_key": public_key_hex(key)})
         self._key = key
 
+    def restore(self, *, up_to: int, noise_multiplier: str | None, recovery_key: Ed25519PrivateKey) -> int:
+        """Append RESTORE: go on after the newest lines were lost, each charged as a release.
+
+        Args:
+            up_to: The last line that anybody can have seen; nodes that have seen more go on refusing.
+            noise_multiplier: z that each lost line is charged with, at most that of any known run; None for that.
+            recovery_key: The private half of GENESIS' `recovery_key`.
+
+        Returns:
+            How many lines are charged.
+
+        Raises:
+            UmbelError: If there is nothing lost, or the key is not the ledger's.
+            ValueError: If the line is not acceptable.
+        """
+        lost, worst = up_to - self.sequence, self._state.worst_noise()
+        if lost < 1:
+            raise UmbelError(
+                f"Expected up_to > {self.sequence}, the ledger's last line, got {up_to=}. Nothing is lost up to there."
+            )
+        if public_key_hex(recovery_key) != self.genesis["recovery_key"]:
+            raise UmbelError(
+                f"Expected recovery key {str(self.genesis['recovery_key'])[:16] or '(this ledger has none)'}…, "
+                "got another. Use the one that was made with the ledger."
+            )
+        if noise_multiplier is None:
+            if worst is None:
+                raise UmbelError(
+                    "Expected noise_multiplier to charge lost lines with, got none: the ledger knows no run. Name it."
+                )
+            noise_multiplier = format(_as_decimal(worst), "f")
+        statement = recovery_statement(
+            ledger_id=self.ledger_id,
+            sequence=up_to + 1,
+            previous=self.head,
+            lost=lost,
+            noise_multiplier=noise_multiplier,
+        )
+        signature = recovery_key.sign(statement).hex()
+        body = {"lost": lost, "noise_multiplier": noise_multiplier, "recovery_signature": signature}
+        self._append("RESTORE", body, sequence=up_to + 1)
+        return lost
+
     def copy_to(self, path: Path) -> None:
         """Write a copy of all lines so far; `path` holds the old bytes or the new ones, never a part."""
         staging = path.with_name(f".{path.name}.tmp")
@@ -359,13 +426,13 @@ class PrivacyLedger:
         except OSError as error:
             raise StorageError(f"Expected to copy the ledger to {path}, got {error.strerror}.") from error
 
-    def _append(self, kind: str, body: Mapping[str, Any]) -> Line:
+    def _append(self, kind: str, body: Mapping[str, Any], *, sequence: int | None = None) -> Line:
         if self._failed:
             raise StorageError("Expected a ledger whose disk works, got one that failed. Open it again.")
         if self._key is None or self._descriptor is None:
             raise UmbelError(f"Expected a ledger open for writing, got {self.path}. Open it with its key.")
         raw = signed_line(
-            sequence=self.sequence + 1,
+            sequence=self.sequence + 1 if sequence is None else sequence,
             kind=kind,
             body=body,
             previous=self.head,
@@ -408,6 +475,11 @@ def _decimal_string(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return "inf" if value == math.inf else format(Decimal(repr(value)), "f")
+
+
+def _as_decimal(value: Fraction) -> Decimal:
+    """A fraction that was a decimal string, as that again."""
+    return Decimal(value.numerator) / Decimal(value.denominator)
 
 
 def _now() -> str:

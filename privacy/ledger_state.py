@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -28,14 +29,46 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from common.errors import BudgetExhausted, UmbelError, VerificationError
 from common.records import canonical_json
 from privacy.gaussian import delta_of_epsilon
-from privacy.lines import FORMAT, MAX_LINE, ZERO_HEAD, Line, chain, check_signature, extend, parse_line
-from privacy.participation import UNITS, cost_units, is_noiseless, is_unlimited, limit_units
+from privacy.lines import (
+    FORMAT,
+    MAX_LINE,
+    ZERO_HEAD,
+    Line,
+    chain,
+    check_recovery,
+    check_signature,
+    extend,
+    parse_line,
+)
+from privacy.participation import (
+    UNITS,
+    checked_noise_multiplier,
+    cost_units,
+    is_noiseless,
+    is_unlimited,
+    limit_units,
+)
 from privacy.rounds import Event, Round, Rounds
 from privacy.sampling import NO_SAMPLING, SampledRun, check_charge, poisson, sampled_run
 
 __all__ = ["Event", "LedgerState", "Reading", "Round", "read_file", "read_lines"]
 _CHUNK = 4096
 _MU_SLACK = 1 + 1e-9  # for the float arithmetic of this check alone; mu_max itself was rounded down
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """Lines that follow each other one by one.
+
+    Attributes:
+        first: Number of the first.
+        head: The head before it.
+        digests: 32 bytes a line.
+    """
+
+    first: int
+    head: bytes
+    digests: bytearray = field(default_factory=bytearray)
 
 
 @dataclass(kw_only=True)
@@ -58,6 +91,9 @@ class LedgerState:
         sampled: The sampled run, or None.
         sampled_start: Its START line.
         counts: Lines by type.
+        key_lines: KEY lines, raw.
+        restored: The last RESTORE line, or None.
+        last: The last line, or None.
     """
 
     head: bytes = ZERO_HEAD
@@ -74,7 +110,10 @@ class LedgerState:
     sampled: SampledRun | None = None
     sampled_start: Line | None = None
     counts: Counter[str] = field(default_factory=Counter)
-    _digests: bytearray = field(default_factory=bytearray)
+    key_lines: list[bytes] = field(default_factory=list)
+    restored: Line | None = None
+    last: Line | None = None
+    _stretches: list[_Stretch] = field(default_factory=lambda: [_Stretch(0, ZERO_HEAD)])
 
     def check(self, line: Line) -> None:
         """Say whether `line` may come next.
@@ -83,12 +122,15 @@ class LedgerState:
             BudgetExhausted: If it reserves more than is left.
             ValueError: If it may not for another reason.
         """
-        if line.sequence != self.sequence + 1:
-            raise ValueError(f"Expected sequence={self.sequence + 1}, got sequence={line.sequence}.")
+        expected = self.sequence + 1 + (line.body["lost"] if line.kind == "RESTORE" else 0)
+        if line.sequence != expected:
+            raise ValueError(f"Expected sequence={expected}, got sequence={line.sequence}.")
         if line.previous != self.head.hex():
             raise ValueError("Expected the head of the lines before as previous; one of them was changed.")
         if (line.kind == "GENESIS") != (self.sequence < 0):
             raise ValueError(f"Expected GENESIS as the first line and only there, got type={line.kind}.")
+        if line.kind == "RESTORE":
+            self._check_restore(line)
         self._check_body(line.kind, line.body)
 
     def advance(self, line: Line) -> None:
@@ -97,10 +139,16 @@ class LedgerState:
         self._advance_body(line.kind, line.body, line.sequence)
         if self.sampled is not None and self.sampled_start is None:
             self.sampled_start = line
+        if line.kind == "KEY":
+            self.key_lines.append(line.raw)
+        if line.kind == "RESTORE":
+            self.restored = line
+            self._stretches.append(_Stretch(line.sequence, self.head))
         self.head = extend(self.head, digest)
         self.sequence = line.sequence
+        self.last = line
         self.counts[line.kind] += 1
-        self._digests += digest
+        self._stretches[-1].digests += digest
 
     def would_exceed(self, event: Event) -> bool:
         """Whether `event` costs more than is left; one of a sampled run was paid for by its START line."""
@@ -125,13 +173,16 @@ class LedgerState:
         return tuple(self.rounds.open())
 
     def digests(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """`t x 32`, the digests of lines `start` to `stop` - 1."""
-        return np.frombuffer(bytes(self._digests[32 * start : 32 * stop]), np.uint8).reshape(-1, 32)
+        """`t x 32`, the digests of lines `start` to `stop` - 1, between which no line was lost."""
+        stretch = self._stretch(start)
+        packed = stretch.digests[32 * (start - stretch.first) : 32 * (stop - stretch.first)]
+        return np.frombuffer(bytes(packed), np.uint8).reshape(-1, 32)
 
     def head_at(self, sequence: int) -> bytes:
-        """h_t of line `sequence`, without a copy of all digests before it."""
-        head = ZERO_HEAD
-        for start in range(0, sequence + 1, _CHUNK):
+        """h_t of line `sequence`, without a copy of all digests before it; of a lost one, that of the last kept."""
+        stretch = self._stretch(sequence)
+        head = stretch.head
+        for start in range(stretch.first, sequence + 1, _CHUNK):
             head = chain(head, self.digests(start, min(start + _CHUNK, sequence + 1)))
         return head
 
@@ -148,8 +199,32 @@ class LedgerState:
                     raise ValueError(f"Expected a RESERVE that is still open, got reserve={body['reserve']}.")
             case "KEY" if body["public_key"] in self.public_keys:
                 raise ValueError("Expected a key that this ledger has not had yet.")
-            case "RESTORE":
-                raise ValueError("Expected no RESTORE line: this version cannot verify a recovery key.")
+
+    def _check_restore(self, line: Line) -> None:
+        recovery_key, multiplier = str(self.genesis["recovery_key"]), line.body["noise_multiplier"]
+        if not recovery_key:
+            raise ValueError("Expected no RESTORE line in a ledger without a recovery key, got one.")
+        try:
+            check_recovery(line, str(self.genesis["ledger_id"]), recovery_key)
+        except VerificationError as error:
+            raise ValueError(str(error)) from error
+        if self.sampled is not None and self.capped_units + line.body["lost"] * _cost(multiplier) > self.limit_units:
+            raise ValueError(
+                "Expected room beside the sampled run for what is lost, got none: its epsilon is fixed. "
+                "Nothing more can be released on this ledger."
+            )
+        worst = self.worst_noise()
+        if worst is not None and checked_noise_multiplier(multiplier) > worst:
+            raise ValueError(f"Expected lost lines charged with noise_multiplier <= {worst}, got {multiplier}.")
+
+    def worst_noise(self) -> Fraction | None:
+        """The least noise of any run or release so far; None where there was none."""
+        planned = [str(body["schedule"].get("noise_multiplier", "0")) for body in self.runs.values()]
+        known = {z for z in (*planned, *self.rounds.noise_multipliers()) if not is_noiseless(z)}
+        return min(map(checked_noise_multiplier, known), default=None)
+
+    def _stretch(self, sequence: int) -> "_Stretch":
+        return next(stretch for stretch in reversed(self._stretches) if stretch.first <= max(sequence, 0))
 
     def _check_start(self, body: Mapping[str, Any]) -> None:
         if body["run"] in self.runs:
@@ -160,7 +235,7 @@ class LedgerState:
         sampled = sampled_run(body["run"], body["schedule"])
         if sampled is None:
             return
-        if self.sampled is not None or len(self.rounds):
+        if self.sampled is not None or self.spent_units:  # which also has what RESTORE lines charge
             raise ValueError(
                 "Expected a sampled run only as the first that is charged, got a ledger with charges: no filter is "
                 "known for sampling that is chosen after a release. Give it a ledger of its own."
@@ -198,6 +273,8 @@ class LedgerState:
             raise ValueError(
                 f"Expected {sampling=} as run={body['run']!r} was started, got {body['event']['sampling']!r}."
             )
+        if is_sampled and self.restored is not None:
+            raise ValueError("Expected no more rounds of a sampled run after a RESTORE line: some may be lost.")
         if is_sampled and not 1 <= body["round"] <= schedule["rounds"]:
             raise ValueError(f"Expected a round of the {schedule['rounds']} of the schedule, got {body['round']}.")
 
@@ -226,6 +303,10 @@ class LedgerState:
                 self.rounds.abort(body["reserve"], body["code"])
             case "KEY":
                 self.public_keys.append(body["public_key"])
+            case "RESTORE":
+                self.rounds.lose(body["lost"], body["noise_multiplier"])
+                self.spent_units += body["lost"] * _cost(body["noise_multiplier"])
+                self.capped_units += body["lost"] * _cost(body["noise_multiplier"])
 
     def _limit(self, mu_max: str) -> None:
         self.mu_limit = mu_max

@@ -13,8 +13,8 @@ so the signature of the last line authenticates all lines before it. A line is v
 canonical encoding and its body has exactly the fields of its type.
 
     GENESIS   ledger_id, population, unit, neighboring_relation, max_nodes_per_user, epsilon, delta, mu_max,
-              public_key, format; mu_max is the limit of one (user, node), numbers are decimal strings,
-              unit is "user" and neighboring_relation "zero-out"
+              public_key, recovery_key ("" for a ledger that nobody can restore), format; mu_max is the limit of one
+              (user, node), numbers are decimal strings, unit is "user" and neighboring_relation "zero-out"
     REGISTRY  population_size, users_per_node (the most users that one node hosts), digest (of the registry)
     START     run, schedule (its "rounds", "noise_multiplier" and "sampling" bind the run, if they are there),
               configuration_digest
@@ -22,7 +22,10 @@ canonical encoding and its body has exactly the fields of its type.
     COMMIT    reserve (the sequence of its RESERVE), release_digest
     ABORT     reserve, code: nothing came of it; informative, no refund
     KEY       public_key, which signs from the next line on; the line itself is signed by the key before
-    RESTORE   any body: recognised, and refused, by this version
+    RESTORE   lost, noise_multiplier, recovery_signature: after the server's disk was lost, the ledger goes on behind
+              `lost` lines that are gone, as many as any node can have seen; each is charged as a release with that
+              noise; its own number is behind theirs, so no number is ever used twice. The operator's recovery key
+              of GENESIS signs it besides
 """
 
 import re
@@ -41,10 +44,16 @@ from common.errors import LedgerCorrupt, Refused, VerificationError
 from common.records import canonical_json
 from privacy.sampling import is_sampling
 
-FORMAT = 1
+FORMAT = 2
 UNIT = "user"
 NEIGHBORING_RELATION = "zero-out"
 """The one unit and the one relation that this version's accounting and its promise speak of."""
+SYSTEM_NOISE = "aes-256-ctr"
+DISCRETE_NOISE = "opendp (discrete Gaussian)"
+NOISES = {"rounded": SYSTEM_NOISE, "discrete": DISCRETE_NOISE}
+"""How events spell what the configuration's `privacy.noise` calls so: `privacy.entropy`, `privacy.discrete`."""
+CRYPTOGRAPHIC_NOISE = tuple(NOISES.values())
+"""Noise that protects."""
 SEEDED_NOISE = "seeded (NOT PRIVATE)"
 """How events spell noise that a seed repeats."""
 ZERO_HEAD = bytes(32)
@@ -114,8 +123,7 @@ def parse_line(raw: bytes) -> Line:
     if not canonical:
         raise LedgerCorrupt("Expected a canonical body: sorted keys, no spaces, nothing twice.")
     name = kind.decode("ascii")
-    if name != "RESTORE":
-        _check(body, _BODIES[name], name)
+    _check(body, _BODIES[name], name)
     return Line(
         sequence=int(sequence),
         kind=name,
@@ -142,15 +150,36 @@ def check_signature(line: Line, public_key: str) -> None:
         raise VerificationError(f"Expected a signature by key {public_key[:16]}….") from error
 
 
-def verify_line(raw: bytes, public_key: str) -> Line:
-    """Read a line that `public_key` (hex) must have signed.
+def recovery_statement(*, ledger_id: str, sequence: int, previous: bytes, lost: int, noise_multiplier: str) -> bytes:
+    """What the recovery key signs to let a ledger go on without its last lines."""
+    fields = {
+        "ledger_id": ledger_id,
+        "lost": lost,
+        "noise_multiplier": noise_multiplier,
+        "previous": previous.hex(),
+        "sequence": sequence,
+    }
+    return b"umbel restore 1\n" + canonical_json(fields)
+
+
+def check_recovery(line: Line, ledger_id: str, recovery_key: str) -> None:
+    """Check that `recovery_key` (hex) allows this RESTORE line in this ledger.
 
     Raises:
-        VerificationError: If it is not a line, or not signed by that key.
+        VerificationError: If it does not.
     """
-    line = parse_line(raw)
-    check_signature(line, public_key)
-    return line
+    statement = recovery_statement(
+        ledger_id=ledger_id,
+        sequence=line.sequence,
+        previous=bytes.fromhex(line.previous),
+        lost=line.body["lost"],
+        noise_multiplier=line.body["noise_multiplier"],
+    )
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(recovery_key))
+        key.verify(bytes.fromhex(line.body["recovery_signature"]), statement)
+    except (InvalidSignature, ValueError) as error:
+        raise VerificationError(f"Expected a recovery signature by key {recovery_key[:16]}….") from error
 
 
 def extend(head: bytes, digest: bytes) -> bytes:
@@ -288,7 +317,7 @@ _EVENT: Fields = {
     "groups": _is_groups,
     "initialization": lambda value: isinstance(value, bool),
     "mechanism": lambda value: value == "gaussian",
-    "noise": lambda value: value in ("aes-256-ctr", "none", SEEDED_NOISE),
+    "noise": lambda value: value in (*CRYPTOGRAPHIC_NOISE, "none", SEEDED_NOISE),
     "noise_multiplier": _is_decimal,
     "sampling": is_sampling,
 }
@@ -303,6 +332,7 @@ _BODIES: Mapping[str, Fields] = {
         "neighboring_relation": lambda value: value == NEIGHBORING_RELATION,
         "population": _is_text,
         "public_key": _is_hex,
+        "recovery_key": lambda value: value == "" or _is_hex(value),
         "unit": lambda value: value == UNIT,
     },
     "REGISTRY": {"digest": _is_hex, "population_size": _is_count, "users_per_node": _is_count},
@@ -311,10 +341,15 @@ _BODIES: Mapping[str, Fields] = {
     "COMMIT": {"release_digest": _is_hex, "reserve": _is_count},
     "ABORT": {"code": _is_code, "reserve": _is_count},
     "KEY": {"public_key": _is_hex},
+    "RESTORE": {
+        "lost": _is_positive,
+        "noise_multiplier": lambda value: _is_decimal(value) and float(value) > 0,
+        "recovery_signature": re.compile(r"[0-9a-f]{128}").fullmatch,
+    },
 }
 # Around a canonical body this is the canonical encoding of the whole line.
 _FRAME = re.compile(
     rb'\{"body":(\{.*\}),"previous":"([0-9a-f]{64})","sequence":(0|[1-9][0-9]{0,18}),'
     rb'"signature":"([0-9a-f]{128})","time":"([0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z)",'
-    rb'"type":"(%s|RESTORE)"\}' % "|".join(_BODIES).encode()
+    rb'"type":"(%s)"\}' % "|".join(_BODIES).encode()
 )

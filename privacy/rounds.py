@@ -85,6 +85,7 @@ class Rounds(Sequence[Round]):
         self._codes: list[str] = []
         self._templates: list[Event] = []
         self._template_numbers: dict[bytes, int] = {}
+        self._lost: list[str] = []
 
     def __len__(self) -> int:
         """How many rounds were charged."""
@@ -133,6 +134,10 @@ class Rounds(Sequence[Round]):
             self._codes.append(code)
         self._outcomes[self._position(sequence)] = _RELEASED + 1 + self._codes.index(code)
 
+    def lose(self, count: int, noise_multiplier: str) -> None:
+        """Take in a RESTORE line: nobody knows these rounds, and each is charged."""
+        self._lost += [noise_multiplier] * count
+
     def has(self, run: str, server_round: int) -> bool:
         """Whether a run has reserved this round of its own."""
         return run in self._runs and server_round in self._runs[run]
@@ -164,10 +169,10 @@ class Rounds(Sequence[Round]):
         return (self._round(i) for i, outcome in enumerate(self._outcomes) if outcome == _RELEASED)
 
     def noise_multipliers(self, run: str | None = None) -> list[str]:
-        """z of every round, or of one run's, as the ledger spells it."""
+        """z of every round and of what RESTORE lines charge, or of one run's rounds, as the ledger spells it."""
         spelled = [str(template["noise_multiplier"]) for template in self._templates]
         if run is None:
-            return [spelled[kind] for kind in self._kinds]
+            return [spelled[kind] for kind in self._kinds] + self._lost
         return [spelled[self._kinds[i]] for i in (self._runs[run].positions if run in self._runs else ())]
 
     def events(self) -> Iterator[Event]:

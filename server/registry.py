@@ -1,6 +1,7 @@
 """Who may be invited: the nodes of a population and how many users each hosts. Public, beside the ledger."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -10,6 +11,8 @@ from common.errors import UmbelError
 from common.files import write_durably
 from common.records import canonical_json
 
+_is_key = re.compile(r"(?:[0-9a-f]{64})?").fullmatch
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredNode:
@@ -18,10 +21,12 @@ class RegisteredNode:
     Attributes:
         name: As the node calls itself.
         users: How many users it hosts.
+        public_key: With which it signs, Ed25519, hex; "" for a node of a simulation.
     """
 
     name: str
     users: int
+    public_key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +41,11 @@ class Registry:
         Raises:
             ValueError: If a name is there twice or a node hosts nobody.
         """
-        if len({node.name for node in self.nodes}) < len(self.nodes) or any(node.users < 1 for node in self.nodes):
-            raise ValueError("Expected each node once and with users, got another registry.")
+        keys = [node.public_key for node in self.nodes if node.public_key]
+        if any(len(set(each)) < len(each) for each in ([node.name for node in self.nodes], keys)):
+            raise ValueError("Expected each node and each key once, got one twice.")
+        if any(node.users < 1 or _is_key(node.public_key) is None for node in self.nodes):
+            raise ValueError("Expected nodes with users and keys of 64 hex digits, got another.")
 
     @property
     def population_size(self) -> int:
@@ -71,6 +79,11 @@ def registry_of(users_by_name: Iterable[tuple[str, int]]) -> Registry:
     return Registry(nodes=tuple(RegisteredNode(name=n, users=u) for n, u in sorted(users_by_name)))
 
 
+def registry_with(nodes: Iterable[RegisteredNode]) -> Registry:
+    """A registry in the order of the names."""
+    return Registry(nodes=tuple(sorted(nodes, key=lambda node: node.name)))
+
+
 def load_registry(path: Path) -> Registry:
     """Read a registry.
 
@@ -79,7 +92,9 @@ def load_registry(path: Path) -> Registry:
     """
     try:
         entries = json.loads(path.read_text("utf-8"))["nodes"]
-        return registry_of((str(entry["name"]), int(entry["users"])) for entry in entries)
+        return registry_with(
+            RegisteredNode(name=str(e["name"]), users=int(e["users"]), public_key=str(e["public_key"])) for e in entries
+        )
     except OSError as error:
         raise UmbelError(f"Expected a registry at {path}, got {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from common.errors import Refused, StorageError, UmbelError, VerificationError
 from common.model import IntArray
 from common.records import Contribution, decode
+from common.sealing import SIGNATURE_BYTES, SealingKey, disclose
 from privacy.layout import Layout, sum_is_possible
+from server.registry import RegisteredNode
 
-_PASSING = frozenset({"unavailable", "client_error", "busy", "deadline", "malformed", "error"})
+_PASSING = frozenset({"unavailable", "client_error", "busy", "deadline", "malformed", "error", "sealing"})
 """Refusals that the next round may not meet."""
 
 
@@ -30,19 +32,32 @@ class Answer:
 class Replies:
     """Which replies of a round count: the first valid one of each invited node."""
 
-    def __init__(self, *, ledger_id: str, sequence: int, users: Mapping[int, int], layout: Layout) -> None:
+    def __init__(
+        self,
+        *,
+        ledger_id: str,
+        sequence: int,
+        invited: Mapping[int, RegisteredNode],
+        layout: Layout,
+        broadcast: bytes,
+        key: SealingKey,
+    ) -> None:
         """Nothing counted yet.
 
         Args:
             ledger_id: The ledger that was charged.
             sequence: The RESERVE line of the round.
-            users: Users by node number, of the invited nodes.
+            invited: The invited nodes by number.
             layout: Groups and grid of the round.
+            broadcast: The signed bytes that they answer.
+            key: To which they seal.
         """
         self.ledger_id = ledger_id
         self.sequence = sequence
-        self.users = users
+        self.invited = invited
         self.layout = layout
+        self._broadcast = broadcast
+        self._key = key
         self.answered = 0
         self.acknowledged: dict[int, int] = {}
         self.refusals: dict[str, int] = {}
@@ -62,12 +77,16 @@ class Replies:
     def _checked(self, answer: Answer) -> IntArray:
         if answer.payload is None:
             raise Refused(answer.code or "error", "Expected an answer, got a refusal.")
-        contribution = Contribution.decode(answer.payload)
+        node = self.invited.get(answer.node_id)
+        if node is None or answer.node_id in self._counted:
+            raise Refused("replayed", "Expected one contribution of each invited node, got another.")
+        opened = disclose(
+            answer.payload, broadcast=self._broadcast, name=node.name, key=self._key, public_key=node.public_key
+        )
+        contribution = Contribution.decode(opened)
         if (contribution.ledger_id, contribution.sequence) != (self.ledger_id, self.sequence):
             raise Refused("replayed", "Expected a contribution to this release, got one to another.")
-        if answer.node_id not in self.users or answer.node_id in self._counted:
-            raise Refused("replayed", "Expected one contribution of each invited node, got another.")
-        if not sum_is_possible(contribution.total, self.users[answer.node_id], self.layout):
+        if not sum_is_possible(contribution.total, node.users, self.layout):
             raise Refused("malformed", "Expected a sum of clipped vectors, got one that cannot be.")
         self._counted.add(answer.node_id)
         self.acknowledged[answer.node_id] = min(max(contribution.acknowledged, -1), self.sequence)
@@ -75,14 +94,18 @@ class Replies:
 
 
 def identity_in(answer: Answer) -> tuple[str, int]:
-    """The name a node gives itself and how many users it hosts; no name where the answer is not one."""
+    """The name a node gives itself and how many users it hosts; its signature is not checked here.
+
+    Raises:
+        Refused: With the code of a refusal, or `malformed`, if there is no such answer.
+    """
     if answer.payload is None:
-        return "", 0
+        raise Refused(answer.code or "error", "Expected an answer, got a refusal.")
+    header, _ = decode(answer.payload[:-SIGNATURE_BYTES])
     try:
-        header, _ = decode(answer.payload)
         return str(header["name"]), int(header["users"])
-    except (Refused, KeyError, TypeError, ValueError):
-        return "", 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused("malformed", "Expected a node's name and users, got something else.") from error
 
 
 def check_refusals(codes: Iterable[str]) -> None:

@@ -8,11 +8,11 @@ charge without a release, which stays a charge, or a staged release, which is ex
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +20,13 @@ from common.errors import BudgetExhausted, UmbelError, VerificationError
 from common.files import append_line, clear_leftovers, cut_torn_line, make_folder, pack, unpack, write_durably
 from common.model import IntArray
 from common.records import Broadcast
+from common.sealing import SealingKey
 from common.task import Task
 from privacy.amplification import Schedule
+from privacy.discrete import DiscreteNoise
 from privacy.entropy import NoiseSource, NoNoise, SeededNoise, SystemNoise
 from privacy.layout import Layout, groups_of_event
-from privacy.ledger import PrivacyLedger, Reservation
+from privacy.ledger import PrivacyLedger
 from privacy.mechanism import check_capacity, release
 from privacy.participation import is_noiseless
 from privacy.promise import reasons_against
@@ -34,28 +36,15 @@ from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save
 from server.initialization import tie_breaker
 from server.layout import contribution_layout
 from server.registry import Registry
-from server.replies import Answer, Replies, check_refusals, identity_in
+from server.replies import Answer, Replies, check_refusals
+from server.roll_call import Nodes, RollCall
 from server.sampling import charge_of, expected_users
 from server.settings import RunSettings
 
 ROUNDS_LOG = logging.getLogger("umbel.rounds")
 """One record a round: its message names the attribute (`round` or `fold_in`) with the public numbers."""
 
-_STARTUP_SECONDS = 120.0
-_PAUSE_SECONDS = 0.2
 _SIGNIFICANT_DIGITS = 12
-
-
-class Nodes(Protocol):
-    """What a round needs of the federation: Flower, behind one function."""
-
-    def node_ids(self) -> list[int]:
-        """Nodes that are connected."""
-
-    def ask(
-        self, node_ids: Iterable[int], action: str, payload: bytes, signature: bytes, timeout: float
-    ) -> Iterator[Answer]:
-        """Send one signed message to each node, and yield what comes back within `timeout` seconds."""
 
 
 def train(
@@ -113,12 +102,14 @@ class _Loop:
         self.sign = sign
         self.algorithm = algorithm_of(settings.config)
         self.private = not is_noiseless(settings.noise_multiplier)
+        self.noise_name = _noise(settings, 0).name  # before a line is written: a package may be missing
         self.acknowledged: dict[int, int] = {}
         largest = largest_layout(settings.config, settings.schema.dimension, private=self.private)
         check_capacity(registry.population_size, largest.grid_scale)
         make_folder(settings.folder.rounds)
         make_folder(settings.folder.evaluation, mode=0o700)
-        self.users = self._identify()
+        self.roll = RollCall(registry, nodes, max_users=settings.config.privacy.max_users_per_node)
+        self.roll.wait(settings.config.training.startup_timeout)
         rng = tie_breaker(settings.run, settings.config.privacy.seed)
         first = Checkpoint(state=self.algorithm.first_state(settings.schema, rng))
         found = load_checkpoint(settings.folder.checkpoints) or first
@@ -216,15 +207,19 @@ class _Loop:
         layout = contribution_layout(
             settings.schema.dimension, settings.config.model.rank, private=self.private, work=task.work
         )
-        event = self._event(task, layout)
+        event = self._event(task, layout, self._users(node_ids))
         server_round = 1 + len(self.ledger.rounds_of(settings.run))
-        reservation = self.ledger.reserve(
-            settings.run, server_round, event, sum(self.users[node_id] for node_id in node_ids)
-        )
-        payload = self._broadcast("train", task, server_round, node_ids, reservation)
+        reservation = self.ledger.reserve(settings.run, server_round, event, self._users(node_ids))
+        key = SealingKey.fresh()  # gone with this call, and with it whatever could open the replies
+        payload = self._broadcast("train", task, server_round, node_ids, key.public)
         answers = self._answers(node_ids, "train.contribute", payload)
         replies = Replies(
-            ledger_id=self.ledger.ledger_id, sequence=reservation.sequence, users=self.users, layout=layout
+            ledger_id=self.ledger.ledger_id,
+            sequence=reservation.sequence,
+            invited={node_id: self.roll.known[node_id] for node_id in node_ids},
+            layout=layout,
+            broadcast=payload,
+            key=key,
         )
         totals = replies.totals(answers)
         first = next(totals, None)
@@ -263,7 +258,7 @@ class _Loop:
         save_model(folder.model, self.state.model, facts)
         self.ledger.copy_to(folder.ledger_copy)
         node_ids = self._invited()
-        payload = self._broadcast("fold_in", self.algorithm.personal_task, 0, node_ids, None)
+        payload = self._broadcast("fold_in", self.algorithm.personal_task, 0, node_ids, b"")
         refused = [a.code for a in self._answers(node_ids, "train.fold_in", payload) if a.code is not None]
         ROUNDS_LOG.info("fold_in", extra={"fold_in": {"nodes": len(node_ids), "refused": refused}})
         if len(refused) == len(node_ids):
@@ -273,78 +268,60 @@ class _Loop:
         """Why nothing is promised, if so; stamped on everything that is published."""
         return reasons_against(self.ledger.events(), str(self.ledger.genesis["mu_max"]))
 
-    def _identify(self) -> dict[int, int]:
-        """Users by node number: ask nodes for their names until the registry is complete or time is up.
-
-        A node that hosts another number of users than the registry says is left out, before anything is charged:
-        later the bound on its sum would let one user decide whether all of them count.
-        """
-        known: dict[int, int] = {}
-        unclaimed = self.registry.users_of()
-        named: set[int] = set()
-        refused: dict[int, str] = {}
-        until = time.monotonic() + _STARTUP_SECONDS
-        while unclaimed and (left := until - time.monotonic()) > 0:
-            unnamed = [node_id for node_id in self.nodes.node_ids() if node_id not in named]
-            for answer in self.nodes.ask(unnamed, "query.identity", b"", bytes(64), left):
-                name, hosted = identity_in(answer)
-                if not name:
-                    refused[answer.node_id] = answer.code or "malformed"
-                    continue  # asked again: what is wrong there may be mended
-                named.add(answer.node_id)
-                users = unclaimed.pop(name, None)  # a name is taken once
-                if users is None:
-                    continue
-                if users == hosted and users <= self.settings.config.privacy.max_users_per_node:
-                    known[answer.node_id] = users
-                else:
-                    refused[answer.node_id] = "policy_users"
-            if unclaimed:
-                time.sleep(_PAUSE_SECONDS)
-        if not known:
-            said = f" that answers: {', '.join(sorted(set(refused.values())))}" if refused else ""
-            raise UmbelError(f"Expected nodes of the registry to be connected, got none{said}. Start them and resume.")
-        return known
-
     def _invited(self) -> list[int]:
-        """All nodes of the registry: who is invited never depends on contributions."""
-        return sorted(self.users)
+        """All nodes of the registry that are connected: who is invited never depends on contributions.
 
-    def _event(self, task: Task, layout: Layout) -> dict[str, Any]:
-        noise = _noise(self.settings, 0)
+        Raises:
+            UmbelError: If there is none, before anything is charged.
+        """
+        return self.roll.refresh() or self.roll.wait(
+            self.settings.config.training.startup_timeout, enough=lambda there, _: there > 0
+        )
+
+    def _users(self, node_ids: list[int]) -> int:
+        return sum(self.roll.known[node_id].users for node_id in node_ids)
+
+    def _event(self, task: Task, layout: Layout, invited_users: int) -> dict[str, Any]:
         return {
             "mechanism": "gaussian",
             "noise_multiplier": self.settings.noise_multiplier,
             "clipping_norm": decimal_string(self.state.clipping_norm),
             "grid_scale": layout.grid_scale,
             "groups": groups_of_event(layout),
-            "denominator": expected_users(sum(self.users.values()), self.settings.config.privacy.sampling_probability),
-            "noise": noise.name,
+            "denominator": expected_users(invited_users, self.settings.config.privacy.sampling_probability),
+            "noise": self.noise_name,
             "sampling": poisson(self.settings.config.privacy.sampling_probability),
             "initialization": task.work == "moment",
         }
 
-    def _broadcast(
-        self, purpose: str, task: Task, server_round: int, node_ids: list[int], reservation: Reservation | None
-    ) -> bytes:
+    def _broadcast(self, purpose: str, task: Task, server_round: int, node_ids: list[int], sealing_key: bytes) -> bytes:
+        ledger = self.ledger
         since = min((self.acknowledged.get(node_id, -1) for node_id in node_ids), default=-1)
-        lines: tuple[str, ...] = () if reservation is None else (reservation.raw_line.decode("ascii"),)
-        start = self.ledger.sampled_start
-        if reservation is not None and start is not None and start.body["run"] == self.settings.run:
+        lines = list(ledger.key_lines)
+        if ledger.restored is not None and since < ledger.restored.sequence:
+            since = ledger.restored.sequence - 1
+            lines.append(ledger.restored.raw)
+        start = ledger.sampled_start
+        if purpose == "train" and start is not None and start.body["run"] == self.settings.run:
             # a node works for no sampled release without the schedule, which has to lead up to it
-            since, lines = min(since, start.sequence - 1), (start.raw.decode("ascii"), *lines)
+            since = min(since, start.sequence - 1)
+            lines.append(start.raw)
+        if ledger.last is not None:
+            lines.append(ledger.last.raw)
         return Broadcast(
             ledger_id=self.ledger.ledger_id,
             run=self.settings.run,
             server_round=server_round,
             purpose=purpose,
-            lines=lines,
+            lines=tuple(line.decode("ascii") for line in lines),
             digests_from=since + 1,
             digests=self.ledger.digests_since(since),
             deadline=int(time.time() + self.settings.config.training.round_timeout) + 1,
             task=task.encode(),
             model=self.state.model,
             metric=self.algorithm.metric(self.state),
+            schema=self.settings.schema.digest,
+            sealing_key=sealing_key,
         ).encode()
 
     def _answers(self, node_ids: list[int], action: str, payload: bytes) -> Iterator[Answer]:
@@ -411,8 +388,10 @@ def decimal_string(value: float) -> str:
 def _noise(settings: RunSettings, sequence: int) -> NoiseSource:
     if is_noiseless(settings.noise_multiplier):
         return NoNoise()
-    seed = settings.config.privacy.seed
-    return SystemNoise() if seed is None else SeededNoise(seed, sequence)
+    privacy = settings.config.privacy
+    if privacy.noise == "discrete":
+        return DiscreteNoise()
+    return SystemNoise() if privacy.seed is None else SeededNoise(privacy.seed, sequence)
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -9,9 +9,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.service import NodeService
 from client.settings import NodeSettings
+from client.sources import node_data
 from common.config import DataConfig
 from common.model import IntArray, SharedModel
 from common.records import Broadcast, Contribution
+from common.sealing import disclose
 from privacy.keys import public_key_hex
 from privacy.layout import groups_of_event
 from privacy.lines import ZERO_HEAD, extend, signed_line
@@ -27,6 +29,7 @@ class Asker:
     def __init__(
         self,
         model: SharedModel,
+        data: DataConfig,
         *,
         noise_multiplier: str = "0",
         sparsity: int = 1,
@@ -37,6 +40,7 @@ class Asker:
 
         Args:
             model: The prior of every release.
+            data: Of the nodes that will be asked.
             noise_multiplier: Decimal string.
             sparsity: Cap on nonzeros of b.
             sampling_probability: Of a run whose START line the ledger then begins with.
@@ -44,6 +48,7 @@ class Asker:
         """
         self._model, self._sparsity = model, sparsity
         self._lines: list[bytes] = []
+        self._schema = node_data(data, "squared", 0, 1)[1].digest
         self._head = ZERO_HEAD
         private = noise_multiplier != "0"
         self.layout = contribution_layout(model.dimension, model.rank, private=private)
@@ -79,7 +84,9 @@ class Asker:
 
     def fold_in(self) -> tuple[bytes, bytes]:
         """A message that asks for no contribution."""
-        return self._signed(server_round=0, purpose="fold_in", lines=())
+        if not self._lines:
+            self._add("ABORT", {"reserve": 0, "code": "none"})
+        return self._signed(server_round=0, purpose="fold_in", lines=(self._lines[-1].decode(),))
 
     def _add(self, kind: str, body: dict[str, Any]) -> bytes:
         sequence = len(self._lines)
@@ -101,6 +108,7 @@ class Asker:
             task={"family": "squared", "sparsity": self._sparsity},
             model=self._model,
             metric=np.eye(self._model.dimension),
+            schema=self._schema,
             **fields,
         ).encode()
         return payload, KEY.sign(payload)
@@ -115,4 +123,5 @@ def node(data: DataConfig, *, store: str = ":memory:", mu_max: str = "inf", **se
 
 def total_of(service: NodeService, message: tuple[bytes, bytes]) -> IntArray:
     """The sum a node answers with."""
-    return Contribution.decode(service.contribute(*message)).total
+    reply = service.contribute(*message)
+    return Contribution.decode(disclose(reply, broadcast=message[0], name="", key=None, public_key="")).total

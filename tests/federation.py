@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -24,15 +25,19 @@ from common.data import DataSchema, Population, partition
 from common.files import unpack, write_durably
 from common.model import IntArray
 from common.records import Broadcast, Contribution, encode
+from common.sealing import SealingKey, disclose, enclose, introduce
 from privacy.layout import Layout
 from privacy.ledger import PrivacyLedger
 from server.app import app as server_app
-from server.checkpoint import load_checkpoint
+from server.checkpoint import load_checkpoint, save_schema
 from server.layout import contribution_layout
 from server.rounds import ServerState
 from server.settings import RunFolder
 from umbel.inprocess import Faults, InProcessGrid, partitions, run_server_app
 from umbel.simulate import lay_out
+
+KEYS: dict[bytes, SealingKey] = {}
+"""What no server keeps: the private halves of the keys that replies were sealed to, by the public ones."""
 
 Answers = Callable[[int, Broadcast], Sequence[IntArray]]
 """Node and broadcast to the sums that the node answers with: one if it is honest."""
@@ -100,6 +105,7 @@ def configuration(root: Path, **overrides: Any) -> Config:
         "training.rounds": 2,
         "training.nodes": 2,
         "training.round_timeout": 60.0,
+        "training.startup_timeout": 1.0,
         "privacy.epsilon": "none",
         "privacy.seed": 0,
     }
@@ -139,6 +145,7 @@ def run_real(
     try:
         if data is None:
             return _run(config, recorded, broadcasts, faults)
+        save_schema(RunFolder(root=Path(str(config.run.out))).schema, data[1])
         with mock.patch.object(client.service, "node_data", node_data):
             return _run(config, recorded, broadcasts, faults)
     finally:
@@ -153,21 +160,38 @@ def run_answers(config: Config, answers: Answers, *, users_per_node: int) -> Run
     @app.query("identity")
     def identity(message: Message, context: Context) -> Message:
         name = f"node-{context.node_config['partition-id']}"
-        return wire.answer(encode({"name": name, "users": users_per_node}, {}), message)
+        return wire.answer(introduced(name, users_per_node), message)
 
     @app.train("contribute")
     def contribute(message: Message, context: Context) -> Message:
         broadcast = Broadcast.decode(wire.read_request(message)[0])
         sequence = _record(broadcasts, broadcast.encode())
-        (total,) = answers(int(context.node_config["partition-id"]), broadcast)
+        index = int(context.node_config["partition-id"])
+        (total,) = answers(index, broadcast)
         reply = Contribution(ledger_id=broadcast.ledger_id, sequence=sequence, acknowledged=sequence, total=total)
-        return wire.answer(reply.encode(), message)
+        return wire.answer(enclosed(reply.encode(), broadcast, f"node-{index}"), message)
 
     @app.train("fold_in")
     def fold_in(message: Message, _: Context) -> Message:
         return wire.answer(encode({"acknowledged": 0}, {}), message)
 
     return _run(config, app, broadcasts, None)
+
+
+def introduced(name: str, users: int) -> bytes:
+    """What a node without a key says when it is asked who it is."""
+    return introduce(encode({"name": name, "users": users}, {}), challenge=b"", sign=None)
+
+
+def enclosed(contribution: bytes, broadcast: Broadcast, name: str) -> bytes:
+    """The reply of a node without a key."""
+    return enclose(contribution, broadcast=broadcast.encode(), name=name, sealing_key=broadcast.sealing_key, sign=None)
+
+
+def opened(reply: bytes, payload: bytes, name: str) -> bytes:
+    """The contribution in a reply to a broadcast, as the ServerApp reads it."""
+    key = KEYS[Broadcast.decode(payload).sealing_key]
+    return disclose(reply, broadcast=payload, name=name, key=key, public_key="")
 
 
 def run_app(config: Config, app: Any, faults: Faults | None = None) -> Run:
@@ -184,10 +208,19 @@ def _run(config: Config, app: Any, broadcasts: dict[int, Broadcast], faults: Fau
     folder = RunFolder(root=Path(str(config.run.out)))
     nodes = partitions(config.training.nodes, {"node-config": str(folder.nodes / "node.toml")})
     run_config: dict[str, bool | float | int | str] = {"run-folder": str(folder.root)}
-    with InProcessGrid(app, nodes, run_config=run_config, faults=faults) as grid:
+    with (
+        InProcessGrid(app, nodes, run_config=run_config, faults=faults) as grid,
+        mock.patch.object(SealingKey, "fresh", _remembered),
+    ):
         run_server_app(server_app, grid)
     private = config.run.noise_multiplier != "0"
     return Run(folder=folder, config=config, layout=layout_of(config, private=private), broadcasts=broadcasts)
+
+
+def _remembered() -> SealingKey:
+    key = SealingKey(X25519PrivateKey.generate())
+    KEYS[key.public] = key
+    return key
 
 
 def _record(broadcasts: dict[int, Broadcast], payload: bytes) -> int:

@@ -6,8 +6,13 @@ process.
 """
 
 import math
+import os
+import secrets
+import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +41,21 @@ from common.data import DataSchema, Population
 from common.errors import UmbelError
 from common.families import FAMILIES
 from common.model import IntArray
-from common.records import Broadcast, Contribution, encode
+from common.records import Broadcast, Contribution
 from privacy.entropy import SeededNoise
 from privacy.ledger import PrivacyLedger
 from privacy.participation import cost_units
 from server.initialization import initial_model, regularized_moment
 from server.layout import contribution_layout
 from server.rounds import apply_round, initial_state, public_metric
+from server.settings import RunFolder
 from tests.federation import (
     Run,
     configuration,
+    enclosed,
+    introduced,
     layout_of,
+    opened,
     prepare,
     run_answers,
     run_app,
@@ -107,6 +116,68 @@ def reused_noise(patch: pytest.MonkeyPatch) -> None:
             super().__init__(1, 1)
 
     patch.setattr(server.training, "SystemNoise", Stuck)
+
+
+def check_no_noise_is_drawn_twice(folder: Path) -> None:
+    """One state of ledger, keys and files goes on four times, as copies of a machine do: no two lives share noise.
+
+    Twice in this process, which has drawn noise before, then in two forks of it. Each life releases the same rounds
+    under the same sequence numbers. Any two of the eight releases are compared at a joint false-failure rate of 1e-6.
+    """
+    config = prepare(
+        configuration(folder, data__synthetic__dimension=40, model__rank=8, privacy__seed=None), noise_multiplier="2"
+    )
+    snapshot = folder.with_name("snapshot")
+    shutil.copytree(folder, snapshot)
+    layout = layout_of(config, private=True)
+    lives = []
+    for forked in (False, False, True, True):
+        shutil.rmtree(folder)
+        shutil.copytree(snapshot, folder)
+        go_on = partial(run_answers, config, lambda _, __: [zeros(layout)], users_per_node=6)
+        if forked:
+            in_a_fork(go_on)
+        else:
+            go_on()
+        releases = Run(folder=RunFolder(root=folder), config=config, layout=layout, broadcasts={}).releases
+        lives.append(releases)
+    assert {tuple(releases) for releases in lives} == {tuple(lives[0])}
+    noise = np.array([release for releases in lives for release in releases.values()]) / (2.0 * layout.grid_scale)
+    assert len(noise) == 8
+    pairs = np.corrcoef(noise)[np.triu_indices(8, 1)]
+    assert np.abs(pairs).max() < 5.6 / math.sqrt(noise.shape[1])
+
+
+def in_a_fork(work: Callable[[], object]) -> None:
+    """Do it in a copy of this process, with all that it knows of randomness."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork while there are threads
+        child = os.fork()
+    if child == 0:
+        failed = 1
+        try:
+            work()
+            failed = 0
+        finally:
+            os._exit(failed)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def noise_of_the_sequence(patch: pytest.MonkeyPatch) -> None:
+    """What a ledger's line and the run's own number give, whoever computes it."""
+    patch.setattr(server.training, "_noise", lambda settings, sequence: stuck(sequence))
+
+
+def noise_of_the_process(patch: pytest.MonkeyPatch) -> None:
+    """A generator with a secret seed, made once: a fork inherits where it is."""
+    source = stuck(secrets.randbits(64))
+    patch.setattr(server.training, "_noise", lambda *_: source)
+
+
+def stuck(stream: int) -> SeededNoise:
+    source = SeededNoise(1, stream)
+    source.name = "aes-256-ctr"  # type: ignore[misc]
+    return source
 
 
 def crowd(with_worst_case: bool) -> tuple[Population, DataSchema]:
@@ -335,7 +406,8 @@ def check_coins_are_tossed_once_by_each_device(folder: Path) -> None:
     def recorded(message: Message, context: Context) -> Message:
         answer = real_client_app(message=message, context=context)
         if message.metadata.message_type == "train.contribute":
-            replies.append(wire.read_answer(answer))
+            name = f"node-{context.node_config['partition-id']}"
+            replies.append(opened(wire.read_answer(answer), wire.read_request(message)[0], name))
         return answer
 
     with pytest.MonkeyPatch.context() as patch:
@@ -454,19 +526,20 @@ def check_replies_count_once(folder: Path) -> None:
 
     @app.query("identity")
     def identity(message: Message, context: Context) -> Message:
-        return wire.answer(encode({"name": f"node-{context.node_config['partition-id']}", "users": 6}, {}), message)
+        return wire.answer(introduced(f"node-{context.node_config['partition-id']}", 6), message)
 
     @app.train("contribute")
     def contribute(message: Message, context: Context) -> Message:
         node = int(context.node_config["partition-id"])
         broadcast = Broadcast.decode(wire.read_request(message)[0])
-        sequence = int(broadcast.lines[0].split('"sequence":')[1].split(",")[0])
+        sequence = int(broadcast.lines[-1].split('"sequence":')[1].split(",")[0])
         total = zeros(layout) + (100 if node else 1)
         reply = Contribution(
             ledger_id=broadcast.ledger_id, sequence=sequence, acknowledged=sequence, total=total
         ).encode()
         # the second node answers every release with its reply to the first
-        return wire.answer(earlier.setdefault(node, reply) if node else reply, message)
+        said = earlier.setdefault(node, reply) if node else reply
+        return wire.answer(enclosed(said, broadcast, f"node-{node}"), message)
 
     @app.train("fold_in")
     def fold_in(message: Message, _: Context) -> Message:
@@ -515,6 +588,7 @@ class Mutation:
 
 CHECKS = (
     check_noise,
+    check_no_noise_is_drawn_twice,
     check_a_user_is_not_told_apart_better_than_promised,
     check_one_user_moves_a_release_by_at_most_k,
     check_dropouts_do_not_change_the_denominator,
@@ -528,6 +602,9 @@ CHECKS = (
 MUTATIONS = (
     Mutation(check_noise, half_the_noise),
     Mutation(check_noise, reused_noise),
+    Mutation(check_no_noise_is_drawn_twice, reused_noise),
+    Mutation(check_no_noise_is_drawn_twice, noise_of_the_sequence),
+    Mutation(check_no_noise_is_drawn_twice, noise_of_the_process),
     Mutation(check_a_user_is_not_told_apart_better_than_promised, half_the_noise),
     Mutation(check_a_user_is_not_told_apart_better_than_promised, no_clip),
     Mutation(check_one_user_moves_a_release_by_at_most_k, no_clip),

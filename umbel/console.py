@@ -318,6 +318,22 @@ def _show_attack(console: Console, found: Mapping[str, Any]) -> None:
         f"TPR {tpr['tpr']:.3f} ({tpr['low']:.3f} to {tpr['high']:.3f}) at FPR {tpr['fpr']:g}; "
         f"AUROC {auroc['value']:.3f} ({auroc['low']:.3f} to {auroc['high']:.3f})",
     )
+    if found["written"]:
+        _say(console, f"written: {', '.join(found['written'])}")
+    if found["not_written"]:
+        _say(console, f"not written: {found['not_written']}")
+
+
+def show_restored(document: Mapping[str, Any]) -> None:
+    """What a restored ledger has charged, and what is left."""
+    spent, budget = (rounded_up(document[f"epsilon_{name}"]) for name in ("spent", "budget"))
+    left = " Nothing more can be released." if document["exhausted"] else ""
+    _say(
+        Console(),
+        f"{document['lost']} lost lines are charged with noise_multiplier {document['noise_multiplier']}: epsilon "
+        f"{rounded_up(document['epsilon_before'])} became {spent} of {budget}.{left} The head is now "
+        f"{document['head']}; write it down, and put the recovery key away again.",
+    )
 
 
 def show_ledger(contents: Mapping[str, Any]) -> None:

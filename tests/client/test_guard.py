@@ -85,6 +85,7 @@ def broadcast(ledger=None, /, **changes):
         "task": {"family": "squared", "sparsity": 2},
         "model": MODEL,
         "metric": np.eye(D),
+        "schema": "",
     }
     return Broadcast(**(fields | changes))
 
@@ -94,7 +95,6 @@ def fold_in(lines, digests_from=0, **changes):
     return broadcast(
         lines,
         purpose="fold_in",
-        lines=(),
         digests_from=digests_from,
         digests=digests_of(lines[digests_from:]),
         **changes,
@@ -258,6 +258,13 @@ def test_every_limit_of_the_policy_is_looked_at(changes, code):
     assert code_of(broadcast(), dataclasses.replace(POLICY, **changes)) == code
 
 
+def test_both_cryptographic_noises_are_accepted():
+    """A node that insists on a promise answers to rounded and to discrete Gaussians."""
+    for noise in ("aes-256-ctr", "opendp (discrete Gaussian)"):
+        event = with_event(noise=noise)
+        assert ask(broadcast(ledger_lines(event))).event == event
+
+
 @pytest.mark.parametrize(
     "event",
     [
@@ -298,6 +305,7 @@ def test_the_reserve_line_must_be_signed_and_be_one():
     assert code_of(broadcast(ledger_lines(kind="COMMIT"))) == "malformed"
     lines = ledger_lines()
     assert code_of(broadcast(lines, lines=(lines[-1].decode(),) * 2)) == "malformed"
+    assert code_of(broadcast(lines, purpose="fold_in", lines=(lines[-1].decode(),) * 2)) == "malformed"
     cheaper = lines[-1].replace(b'"4.000000"', b'"9.000000"')
     assert code_of(broadcast([*lines[:-1], cheaper])) == "signature"
 
@@ -316,8 +324,8 @@ def test_a_ledger_that_does_not_follow_what_was_acknowledged_is_refused():
     assert code_of(late) == "ledger_gap"
 
 
-def test_fold_in_needs_no_line_and_moves_the_head():
-    """It follows the digests from what was acknowledged, and may bring nothing new."""
+def test_fold_in_moves_the_head_and_may_bring_nothing_new():
+    """It follows the digests from what was acknowledged to the ledger's last line, which the key has signed."""
     lines = ledger_lines()
     head = head_of(lines)
     for known in (0, 2, 3, 4):
@@ -337,7 +345,29 @@ def test_fold_in_is_held_to_key_ledger_and_head():
     assert code_of(fold_in(lines), acknowledged=(1, bytes(32))) == "ledger_fork"
     message = fold_in(lines)
     assert code_of(dataclasses.replace(message, lines=("{}",))) == "malformed"
+    assert code_of(dataclasses.replace(message, lines=())) == "malformed"
     assert code_of(dataclasses.replace(message, digests_from=-1)) == "ledger_gap"
+    assert code_of(fold_in(ledger_lines(key=STRANGER))) == "signature"
+
+
+def test_a_head_moves_to_signed_lines_only():
+    """Digests without the line that they end in lead nowhere, however well they are chained."""
+    lines = ledger_lines()
+    beyond = np.concatenate([digests_of(lines), np.full((1, 32), 7, np.uint8)])
+    for first in (0, 2):
+        message = fold_in(lines, first)
+        assert code_of(dataclasses.replace(message, digests=beyond[first:]), acknowledged=(2, head_of(lines[:3]))) in (
+            "ledger_gap",
+            "ledger_fork",
+        )
+
+
+def test_a_node_can_insist_on_sealing():
+    """Without a key to seal to it gives nothing."""
+    policy = dataclasses.replace(POLICY, require_sealing=True)
+    assert code_of(broadcast(), policy) == "policy_sealing"
+    assert ask(broadcast(sealing_key=bytes(range(32))), policy).event == EVENT
+    assert ask(fold_in(ledger_lines()), policy).sequence == 3  # nothing is to be sealed there
 
 
 PAYLOAD = broadcast().encode()
@@ -432,7 +462,8 @@ def test_every_code_has_a_meaning():
         "malformed", "protocol", "signature", "ledger_unknown", "ledger_gap", "ledger_fork",
         "ledger_rollback", "replayed", "policy_noise", "policy_sampling", "policy_clipping", "policy_shape",
         "policy_work", "policy_not_private", "policy_users", "deadline", "purpose", "storage", "busy", "error",
-        "unavailable", "client_error",
+        "unavailable", "client_error", "ledger_restore", "sealing", "node_signature", "node_unknown", "policy_columns",
+        "policy_sealing", "policy_bundle",
     } == REFUSALS.keys()  # fmt: skip
     assert all("\n" not in meaning and meaning.endswith(".") for meaning in REFUSALS.values())
 

@@ -31,6 +31,7 @@ def broadcast(**changes):
         deadline=1_800_000_000,
         task={"family": "squared", "sparsity": 2},
         model=model,
+        schema="5c",
         metric=np.eye(3),
         sealing_key=bytes(range(32)),
     )

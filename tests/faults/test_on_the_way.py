@@ -17,8 +17,9 @@ from client.app import close_services
 from common import wire
 from common.errors import UmbelError
 from common.records import Broadcast, Contribution, encode
+from common.sealing import UNSIGNED
 from privacy.layout import sum_is_possible
-from tests.federation import Run, configuration, prepare, run_app, run_real
+from tests.federation import Run, configuration, enclosed, opened, prepare, run_app, run_real
 from umbel.inprocess import Fault, Faults
 
 USERS, NODES, ROUNDS = 12, 3, 3
@@ -81,7 +82,7 @@ def first_release(run: Run):
     [
         (Fault.UNREACHABLE, NODES - 1, {"unavailable": 1}),
         (Fault.DROP, NODES - 1, {}),
-        (Fault.CORRUPT, NODES - 1, {"malformed": 1}),
+        (Fault.CORRUPT, NODES - 1, {"sealing": 1}),
         (Fault.LATE, NODES, {}),
         (Fault.DUPLICATE, NODES, {"replayed": 1}),
     ],
@@ -152,6 +153,7 @@ def typed(dtype: str) -> Lie:
     return lie
 
 
+NAME = f"node-{MIDDLE}"
 K = 2**30
 MOST = USERS // NODES * K
 LIES: dict[str, Lie] = {
@@ -190,7 +192,7 @@ def federation(lie: Callable[[Message, Message, list[bytes]], Message]):
         reply = real_client_app(message=message, context=context)
         if message.metadata.message_type != "train.contribute" or context.node_config["partition-id"] != MIDDLE:
             return reply
-        said.append(wire.read_answer(reply))
+        said.append(opened(wire.read_answer(reply), wire.read_request(message)[0], NAME))
         return lie(message, reply, said)
 
     return app
@@ -198,12 +200,17 @@ def federation(lie: Callable[[Message, Message, list[bytes]], Message]):
 
 def lying(lie: Lie):
     """A federation whose one node sends other bytes."""
-    return federation(lambda message, _, said: wire.answer(lie(message, Contribution.decode(said[-1]), said), message))
+
+    def lied(message: Message, _: Message, said: list[bytes]) -> Message:
+        broadcast = Broadcast.decode(wire.read_request(message)[0])
+        return wire.answer(enclosed(lie(message, Contribution.decode(said[-1]), said), broadcast, NAME), message)
+
+    return federation(lied)
 
 
-def noiseless(folder, rounds: int = 1):
+def noiseless(folder, rounds: int = 1, startup_timeout: float = 120.0):
     """A run whose releases are sums."""
-    return seeded(folder, privacy__epsilon="none", training__rounds=rounds)
+    return seeded(folder, privacy__epsilon="none", training__rounds=rounds, training__startup_timeout=startup_timeout)
 
 
 def run_lying(config, app) -> Run:
@@ -279,16 +286,15 @@ def test_a_node_that_sends_no_message_of_ours_is_left_out(tmp_path, without):
         assert list(run.metrics[0]["refusals"].values()) == [1]
 
 
-def test_an_identity_that_is_no_record_is_not_invited(tmp_path, monkeypatch):
+def test_an_identity_that_is_no_record_is_not_invited(tmp_path):
     """A node that says who it is in bytes that are none is a stranger, and the others train."""
-    monkeypatch.setattr("server.training._STARTUP_SECONDS", 0.5)
 
     def app(message: Message, context: Context) -> Message:
         if message.metadata.message_type == "query.identity" and context.node_config["partition-id"] == MIDDLE:
-            return wire.answer(encode({"name": ["node-1"]}, {}) + b"x", message)
+            return wire.answer(encode({"name": ["node-1"]}, {}) + b"x" + UNSIGNED, message)
         return real_client_app(message=message, context=context)
 
-    run = run_lying(noiseless(tmp_path / "run"), app)
+    run = run_lying(noiseless(tmp_path / "run", startup_timeout=0.5), app)
     assert run.metrics[0]["invited"] == NODES - 1
     assert charges(run)[1][0][1] == USERS - USERS // NODES
 
@@ -307,10 +313,9 @@ def test_a_node_that_did_not_say_its_name_is_asked_again(tmp_path, fault):
     assert [(entry["invited"], entry["answered"]) for entry in run.metrics] == [(NODES, NODES)]
 
 
-def test_a_run_that_finds_no_node_says_what_they_answer(tmp_path, monkeypatch):
+def test_a_run_that_finds_no_node_says_what_they_answer(tmp_path):
     """Nothing is charged, and the error names the public codes."""
-    monkeypatch.setattr("server.training._STARTUP_SECONDS", 0.3)
-    config = noiseless(tmp_path / "run")
+    config = noiseless(tmp_path / "run", startup_timeout=0.3)
     with pytest.raises(UmbelError, match=r"got none that answers: busy, storage\."):
         run_lying(config, lambda message, context: wire.refusal(["busy", "storage"][context.node_id % 2], message))
     assert b"RESERVE" not in (tmp_path / "run" / "ledger.jsonl").read_bytes()

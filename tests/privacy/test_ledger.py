@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from common.errors import BudgetExhausted, LedgerCorrupt, StorageError, UmbelError, VerificationError
 from privacy.keys import public_key_hex
 from privacy.ledger import PrivacyLedger
-from privacy.lines import ZERO_HEAD, chain, replay, verify_line
+from privacy.lines import ZERO_HEAD, chain, check_signature, parse_line, replay
 from privacy.participation import cost_units, limit_units, mu_max_string, noise_multiplier_for
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -65,7 +65,9 @@ def test_a_round_is_reserved_and_committed(ledger, path):
     """RESERVE is on disk, signed and at the head when it returns; COMMIT closes it; a reopened ledger agrees."""
     reservation = ledger.reserve("r", 1, event(), 3)
     assert path.read_bytes().endswith(reservation.raw_line + b"\n")
-    assert verify_line(reservation.raw_line, public_key_hex(KEY)).head == reservation.head == ledger.head
+    line = parse_line(reservation.raw_line)
+    check_signature(line, public_key_hex(KEY))
+    assert line.head == reservation.head == ledger.head
     assert [entry.sequence for entry in ledger.open_reservations()] == [reservation.sequence] == [3]
     ledger.commit(3, DIGEST)
     again = PrivacyLedger.open(path)

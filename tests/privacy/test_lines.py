@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from common.errors import LedgerCorrupt, Refused, VerificationError
 from common.records import canonical_json
 from privacy.keys import public_key_hex
-from privacy.lines import ZERO_HEAD, chain, check_signature, parse_line, replay, signed_line, verify_line
+from privacy.lines import ZERO_HEAD, chain, check_signature, parse_line, replay, signed_line
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OWNER = public_key_hex(KEY)
@@ -35,13 +35,14 @@ BODIES = {
     "GENESIS": {
         "delta": "0.000001",
         "epsilon": "2",
-        "format": 1,
+        "format": 2,
         "ledger_id": "l",
         "max_nodes_per_user": 1,
         "mu_max": "0.4",
         "neighboring_relation": "zero-out",
         "population": "p",
         "public_key": OWNER,
+        "recovery_key": "",
         "unit": "user",
     },
     "REGISTRY": {"digest": DIGEST, "population_size": 3, "users_per_node": 1},
@@ -50,9 +51,16 @@ BODIES = {
     "COMMIT": {"release_digest": DIGEST, "reserve": 3},
     "ABORT": {"code": "no_answer", "reserve": 3},
     "KEY": {"public_key": DIGEST},
-    "RESTORE": {},
+    "RESTORE": {"lost": 3, "noise_multiplier": "1.5", "recovery_signature": DIGEST * 2},
 }
 FRAME = {"sequence": 7, "previous": ZERO_HEAD, "time": "2026-01-31T12:00:00Z", "key": KEY}
+
+
+def verify_line(raw, public_key):
+    """A line that this key must have signed."""
+    line = parse_line(raw)
+    check_signature(line, public_key)
+    return line
 
 
 def line_of(kind, body):
@@ -173,7 +181,7 @@ def test_upper_case_hex_is_refused(field):
             parse_line(canonical_json(changed))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BODIES if kind != "RESTORE"])
+@pytest.mark.parametrize("kind", BODIES)
 def test_bodies_have_exactly_their_fields(kind):
     """A field missing, too many, or of another kind of value is refused."""
     body = BODIES[kind]
@@ -198,6 +206,8 @@ def test_bodies_have_exactly_their_fields(kind):
         {"noise_multiplier": "inf"},
         {"noise_multiplier": 13},
         {"noise": "numpy"},
+        {"noise": "opendp"},
+        {"noise": "opendp (discrete Gaussian) "},
         {"sampling": "poisson"},
         {"mechanism": "laplace"},
         {"clipping_norm": "inf"},
@@ -216,6 +226,13 @@ def test_events_that_cannot_be_charged_are_refused(change):
     """An event is refused where its noise, its sensitivity or its sampling is not what the charge assumes."""
     with pytest.raises(LedgerCorrupt):
         parse_line(line_of("RESERVE", {**BODIES["RESERVE"], "event": {**EVENT, **change}}))
+
+
+@pytest.mark.parametrize("noise", ["aes-256-ctr", "opendp (discrete Gaussian)", "seeded (NOT PRIVATE)"])
+def test_events_name_the_noise(noise):
+    """An event says what its noise was, in one of the spellings that this version knows."""
+    event = {**EVENT, "noise": noise}
+    assert parse_line(line_of("RESERVE", {**BODIES["RESERVE"], "event": event})).body["event"] == event
 
 
 def test_a_release_without_noise_says_so_twice():

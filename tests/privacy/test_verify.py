@@ -122,26 +122,6 @@ def small():
     return forged(BEGIN[0], BEGIN[1], reserve(1), commit(2))
 
 
-def test_every_flipped_bit_is_seen(small):
-    """Whatever single bit is flipped, that which changes the case of a hex digit too, the ledger fails at its line.
-
-    Only a flip in the last newline reads as a torn last line.
-    """
-    lines = small.split(b"\n")
-    assert read(small).line is None
-    for position in range(len(small) - 1):
-        line = small.count(b"\n", 0, position) + 1
-        for bit in range(8):
-            changed = bytearray(small)
-            changed[position] ^= 1 << bit
-            found = read(bytes(changed)).line
-            assert found is not None, f"byte {position}, bit {bit}"
-            assert found in (line, line + 1), f"byte {position}, bit {bit}"
-    for bit in range(8):
-        reading = read(small[:-1] + bytes([ord("\n") ^ 1 << bit]))
-        assert (reading.line, reading.state.sequence, reading.torn_bytes) == (None, 2, len(lines[-2]) + 1)
-
-
 def test_every_truncation_point_is_a_torn_line_or_the_line_before(small):
     """Cut anywhere, a ledger says what its whole lines say, and how many bytes count for nothing."""
     for length in range(len(small)):
@@ -246,15 +226,17 @@ def test_a_ledger_of_another_key_is_not_the_owners(tmp_path):
 GENESIS = {
     "delta": "0.000001",
     "epsilon": "1",
-    "format": 1,
+    "format": 2,
     "ledger_id": "l",
     "max_nodes_per_user": 1,
     "mu_max": "0.2",
     "neighboring_relation": "zero-out",
     "population": "p",
     "public_key": OWNER,
+    "recovery_key": "",
     "unit": "user",
 }
+RESTORED = {"lost": 1, "noise_multiplier": "10", "recovery_signature": DIGEST * 2}
 BEGIN = (("GENESIS", GENESIS), ("START", {"configuration_digest": DIGEST, "run": "r", "schedule": {}}))
 
 
@@ -308,7 +290,7 @@ def test_forging_keeps_what_is_in_order():
         ([*BEGIN, reserve(1), ("ABORT", {"code": "late", "reserve": 2}), commit(2)], 5, "still open"),
         ([*BEGIN, commit(3), reserve(1)], 3, "still open"),
         ([*BEGIN, ("KEY", {"public_key": OWNER})], 3, "has not had"),
-        ([*BEGIN, ("RESTORE", {"from": 1, "up_to": 5})], 3, "cannot verify a recovery key"),
+        ([*BEGIN, ("RESTORE", {**RESTORED, "lost": 1})], 3, "sequence=3"),
     ],
 )
 def test_the_owner_cannot_sign_what_the_rules_forbid(bodies, line, reason):
@@ -389,14 +371,14 @@ def test_no_file_is_an_error(tmp_path):
 
 def test_a_newer_format_is_named(tmp_path):
     """A GENESIS of a later format, signed by its key, is said to be that; a number that was changed is a failure."""
-    newer = {**GENESIS, "format": 2, "recovery_key": DIGEST}
+    newer = {**GENESIS, "format": 3, "another_field": DIGEST}
     data, path = forged(("GENESIS", newer)), tmp_path / "newer.jsonl"
     path.write_bytes(data)
-    with pytest.raises(UmbelError, match="format=2, of a newer version"):
+    with pytest.raises(UmbelError, match="format=3, of a newer version"):
         verify(path)
-    with pytest.raises(UmbelError, match="format=2"):
+    with pytest.raises(UmbelError, match="format=3"):
         PrivacyLedger.open(path)
-    path.write_bytes(data.replace(b'"format":2', b'"format":3'))
+    path.write_bytes(data.replace(b'"format":3', b'"format":4'))
     assert (verify(path).status, verify(path).line) == ("failed", 1)
     path.write_bytes(forged(("GENESIS", {**GENESIS, "format": 0})))
     assert verify(path).status == "failed"

@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 
 from common import wire
 from common.records import Broadcast, Contribution, encode
-from tests.federation import configuration, prepare, run_app
+from tests.federation import configuration, enclosed, introduced, prepare, run_app
 from umbel.inprocess import Fault
 
 ROUNDS = 3
@@ -22,7 +22,7 @@ def honest_total(value: int = 1000) -> np.ndarray:
 
 
 def sequence_of(broadcast: Broadcast) -> int:
-    return int(broadcast.lines[0].split('"sequence":')[1].split(",")[0])
+    return int(broadcast.lines[-1].split('"sequence":')[1].split(",")[0])
 
 
 def federation_of(reply_of_second):
@@ -31,7 +31,7 @@ def federation_of(reply_of_second):
 
     @app.query("identity")
     def identity(message: Message, context: Context) -> Message:
-        return wire.answer(encode({"name": f"node-{context.node_config['partition-id']}", "users": USERS}, {}), message)
+        return wire.answer(introduced(f"node-{context.node_config['partition-id']}", USERS), message)
 
     @app.train("contribute")
     def contribute(message: Message, context: Context) -> Message:
@@ -41,8 +41,8 @@ def federation_of(reply_of_second):
             reply = Contribution(
                 ledger_id=broadcast.ledger_id, sequence=sequence, acknowledged=sequence, total=honest_total()
             )
-            return wire.answer(reply.encode(), message)
-        return wire.answer(reply_of_second(broadcast, sequence), message)
+            return wire.answer(enclosed(reply.encode(), broadcast, "node-0"), message)
+        return wire.answer(enclosed(reply_of_second(broadcast, sequence), broadcast, "node-1"), message)
 
     @app.train("fold_in")
     def fold_in(message: Message, _: Context) -> Message:
@@ -107,14 +107,11 @@ def test_a_name_is_taken_once(tmp_path):
 
     def impostor(message: Message, context: Context) -> Message:
         if message.metadata.message_type == "query.identity":
-            return wire.answer(encode({"name": "node-0", "users": USERS}, {}), message)
+            return wire.answer(introduced("node-0", USERS), message)
         return app(message=message, context=context)
 
-    config = prepare(configuration(tmp_path / "run", training__rounds=1))
-    # the registry also waits for node-1, which never comes; do not wait for it here
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.training._STARTUP_SECONDS", 0.5)
-        run = run_app(config, impostor)
+    config = prepare(configuration(tmp_path / "run", training__rounds=1, training__startup_timeout=0.5))
+    run = run_app(config, impostor)
     with run.ledger() as ledger:
         (event,) = ledger.events()
     assert event["denominator"] == USERS
