@@ -21,9 +21,14 @@ _services: WeakSet[NodeService] = WeakSet()
 
 
 @lru_cache(maxsize=1024)
-def service_for(settings_path: str, index: int, num_nodes: int) -> NodeService:
-    """The node's service, kept for the life of the process: data are read once."""
-    service = NodeService(load_settings(settings_path), index, num_nodes)
+def service_for(settings_path: str, index: int | None, num_nodes: int | None) -> NodeService:
+    """The node's service, kept for the life of the process; where Flower names no partition, the settings do."""
+    settings = load_settings(settings_path)
+    service = NodeService(
+        settings,
+        settings.partition if index is None else index,
+        settings.partitions if num_nodes is None else num_nodes,
+    )
     _services.add(service)
     return service
 
@@ -38,7 +43,7 @@ def close_services() -> None:
 @app.query("identity")
 def identity(message: Message, context: Context) -> Message:
     """Which node this is."""
-    return _answered(message, lambda: _service(context).identity())
+    return _answered(message, lambda: _service(context).identity(wire.read_request(message)[0]))
 
 
 @app.train("contribute")
@@ -58,7 +63,8 @@ def _service(context: Context) -> NodeService:
     path = config.get("node-config") or os.environ.get(SETTINGS_VARIABLE, "")
     if not path:
         raise UmbelError(f"Expected node-config or {SETTINGS_VARIABLE} to name the node's settings, got neither.")
-    return service_for(str(path), int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)))
+    index, num_nodes = config.get("partition-id"), config.get("num-partitions")
+    return service_for(str(path), None if index is None else int(index), None if num_nodes is None else int(num_nodes))
 
 
 def _answered(message: Message, compute: Callable[[], bytes]) -> Message:

@@ -9,7 +9,9 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ import numpy.typing as npt
 from client.batches import Batch, Chunk
 from client.coins import Coins, seeded
 from client.guard import Accepted, check
+from client.kept_model import KeptModel
+from client.residents import Residents
 from client.settings import NodeSettings
 from client.shard import Shard, total_contribution
 from client.sources import node_data
@@ -29,7 +33,9 @@ from common.errors import Refused
 from common.families import FAMILIES
 from common.model import IntArray, PersonalState, SharedModel
 from common.records import Contribution, encode
+from common.sealing import enclose, introduce
 from common.task import Task
+from privacy.keys import load_key
 from privacy.layout import layout_of_event
 from privacy.lines import SEEDED_NOISE
 from privacy.participation import admit, cost_units, is_noiseless, is_unlimited, limit_units
@@ -49,23 +55,53 @@ class NodeService:
         """
         self._settings = settings
         self._name = settings.name.format(partition=index)
-        self._population, self._schema = node_data(settings.data, settings.family, index, num_nodes)
-        path, users = settings.store.format(partition=index), self._population.users
-        self._store = TransientStore(users) if path == MEMORY else DeviceStore.open(path, users)
-        self._shard = Shard(self._population, self._schema, FAMILIES[settings.family])
-        self._variant: tuple[Any, Shard] = (None, self._shard)
+        path = settings.store.format(partition=index)
+        self._store = TransientStore(()) if path == MEMORY else DeviceStore.open(path, ())
+        read = partial(node_data, settings.data, settings.family, index, num_nodes)
+        try:
+            self._residents = Residents(settings, self._store, read, shared=num_nodes > 1)
+        except BaseException:
+            self._store.close()
+            raise
+        self._schema = self._residents.schema
+        self._take_up()
         self._contributing = threading.Lock()
+        self._sign = None if settings.signing_key is None else load_key(Path(settings.signing_key)).sign
 
     def close(self) -> None:
         """Close the store."""
         self._store.close()
 
-    def identity(self) -> bytes:
-        """The node's name and how many users it hosts, as the server's registry has them."""
-        return encode({"name": self._name, "users": self._population.num_users}, {})
+    def status(self) -> dict[str, Any]:
+        """Public facts about the node and, under `data_problem`, what its owner may want to know about the data."""
+        ledger_id = self._settings.ledger_id or self._store.pinned_ledger()
+        acknowledged = -1 if ledger_id is None else self._store.acknowledged(ledger_id)[0]
+        return {
+            "name": self._name,
+            "users": self._residents.num_places,
+            "ledger_id": ledger_id,
+            "acknowledged": acknowledged,
+            "data_problem": self._residents.problem,
+        }
+
+    def _take_up(self) -> None:
+        """Work with the users and data as they are now."""
+        self._population = self._residents.population
+        self._shard = Shard(self._population, self._schema, FAMILIES[self._settings.family])
+        self._variant: tuple[Any, Shard] = (None, self._shard)
+
+    def _refresh(self) -> None:
+        """See what has become of users and data; only when a broadcast has passed all checks."""
+        if self._residents.refresh():
+            self._take_up()
+
+    def identity(self, challenge: bytes) -> bytes:
+        """The node's name and how many users it hosts, as the server's registry has them, signed for this challenge."""
+        record = encode({"name": self._name, "users": self._residents.num_places}, {})
+        return introduce(record, challenge=challenge, sign=self._sign)
 
     def contribute(self, payload: bytes, signature: bytes) -> bytes:
-        """The node's clipped integer sum for one release, charged to its users before this returns.
+        """The node's clipped integer sum for one release, charged to its users before this returns, and sealed.
 
         Raises:
             Refused: For a reason that depends on the broadcast, the policy or the ledger, never on data.
@@ -77,7 +113,14 @@ class NodeService:
                 raise Refused("purpose", "Expected a release to contribute to, got none.")
             total = self._charged_total(accepted, accepted.event)
         ledger_id, sequence = accepted.broadcast.ledger_id, accepted.sequence
-        return Contribution(ledger_id=ledger_id, sequence=sequence, acknowledged=sequence, total=total).encode()
+        contribution = Contribution(ledger_id=ledger_id, sequence=sequence, acknowledged=sequence, total=total)
+        return enclose(
+            contribution.encode(),
+            broadcast=payload,
+            name=self._name,
+            sealing_key=accepted.broadcast.sealing_key,
+            sign=self._sign,
+        )
 
     def _charged_total(self, accepted: Accepted, event: Mapping[str, Any]) -> IntArray:
         """The sum over the users whose filters allow the release, charged to them on disk.
@@ -85,6 +128,7 @@ class NodeService:
         Another process on the same store may spend in between. Then the sum is made once more, and if that fails
         too, it is nobody's: a filter is never a reason to refuse.
         """
+        self._refresh()
         z = str(event["noise_multiplier"])
         cost = FULL if is_noiseless(z) else cost_units(z)
         mu_max = self._settings.mu_max
@@ -103,7 +147,7 @@ class NodeService:
         for _ in range(2):
             # without a limit there is no promise to keep, and users go on contributing
             spent = self._store.spent(self._population.users) if limit < FULL else np.zeros(num_users, np.int64)
-            admitted = admit(spent, cost, limit)
+            admitted = admit(spent, cost, limit) & self._may_contribute()
             total = total_contribution(shard, contribution, size=layout.size, admitted=admitted, coins=coins)
             # a head costs its user what a release without sampling would
             contributed = admitted if coins is None else admitted & coins.heads(everybody)
@@ -112,6 +156,11 @@ class NodeService:
                 return total
         self._charge(accepted, np.zeros(num_users, np.bool_), cost, limit)
         return np.zeros(layout.size, np.int64)
+
+    def _may_contribute(self) -> npt.NDArray[np.bool_]:
+        """Who has contributed to fewer releases than the node's operator allows."""
+        users, most = self._population.users, self._settings.max_contributions
+        return np.ones(len(users), np.bool_) if most is None else self._store.contributions(users) < most
 
     def _coins(self, accepted: Accepted, event: Mapping[str, Any]) -> Coins | None:
         """Coins for this release, which are gone with it: a sequence that was charged is never answered again."""
@@ -133,7 +182,17 @@ class NodeService:
 
     def _charge(self, accepted: Accepted, mask: npt.NDArray[np.bool_], cost: int, limit: int) -> None:
         ledger_id, users = accepted.broadcast.ledger_id, self._population.users
-        self._store.charge(ledger_id, accepted.sequence, accepted.head, users, mask, cost, limit=limit)
+        self._store.charge(
+            ledger_id,
+            accepted.sequence,
+            accepted.head,
+            users,
+            mask,
+            cost,
+            limit=limit,
+            max_contributions=self._settings.max_contributions,
+            public_key=accepted.public_key,
+        )
 
     def fold_in(self, payload: bytes, signature: bytes) -> bytes:
         """Personalize every user with the released model and keep the posteriors; nothing but "done" leaves.
@@ -141,16 +200,28 @@ class NodeService:
         Raises:
             Refused: As `contribute`.
         """
-        accepted = self._check(payload, signature, "fold_in")
-        broadcast = accepted.broadcast
-        if self._store.keeps_states:
-            self._keep_states(accepted, sha256(payload).digest())
-        self._store.acknowledge(broadcast.ledger_id, accepted.sequence, accepted.head)
+        with self._contributing:
+            accepted = self._check(payload, signature, "fold_in")
+            broadcast = accepted.broadcast
+            self._refresh()
+            if self._store.keeps_states:
+                self._keep_states(accepted, sha256(payload).digest())
+            self._store.acknowledge(
+                broadcast.ledger_id, accepted.sequence, accepted.head, public_key=accepted.public_key
+            )
         return encode({"acknowledged": accepted.sequence}, {})
 
     def _keep_states(self, accepted: Accepted, model_digest: bytes) -> None:
-        model = accepted.broadcast.model
+        broadcast, model = accepted.broadcast, accepted.broadcast.model
         personal = personal_state(accepted.task, model)
+        kept = KeptModel(
+            model=model,
+            family=accepted.task.family,
+            schema=broadcast.schema,
+            run=broadcast.run,
+            sequence=accepted.sequence,
+        )
+        self._store.save_model(model_digest, kept.encode())
 
         def state(_: Chunk, batch: Batch) -> PersonalState:
             return _finite(personal(batch), model)
@@ -163,13 +234,14 @@ class NodeService:
         policy = self._settings.policy()
         ledger_id = policy.ledger_id or self._store.pinned_ledger()
         acknowledged = (-1, bytes(32)) if ledger_id is None else self._store.acknowledged(ledger_id)
+        known_key = None if ledger_id is None else self._store.trusted_key(ledger_id)
         accepted = check(
             payload,
             signature,
-            replace(policy, ledger_id=ledger_id),
+            replace(policy, ledger_id=ledger_id, public_key=known_key or policy.public_key),
             acknowledged=acknowledged,
             now=time.time(),
-            users=self._population.num_users,
+            users=self._residents.num_places,
         )
         if accepted.broadcast.purpose != purpose:
             raise Refused("purpose", f"Expected a broadcast for {purpose}, got one for another purpose.")
@@ -177,6 +249,8 @@ class NodeService:
             raise Refused("policy_shape", "Expected this node's loss family, got another.")
         if accepted.broadcast.model.dimension != self._schema.dimension:
             raise Refused("policy_shape", "Expected a model of this node's features, got another dimension.")
+        if accepted.broadcast.schema != self._schema.digest:
+            raise Refused("policy_columns", "Expected a model of this node's columns and target range, got another.")
         return accepted
 
 

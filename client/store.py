@@ -71,7 +71,7 @@ class StoredStates:
 class DeviceStore:
     """The durable memory of one node. Open it with `DeviceStore.open`; it is also a context manager.
 
-    A forgotten user has a full filter and no state, until enrolled again by `open`.
+    A forgotten user has a full filter and no state, until `remember` is called for that user.
 
     Several threads may use one store, and several processes one file: transactions are serialised, and one
     that has to wait for more than ten seconds raises `StorageError`. No filter is cached, so what failed to
@@ -86,7 +86,14 @@ class DeviceStore:
         self._lock = threading.RLock()
         self._connection, self._file_lock = connect(path)
         try:
-            self._enrol(users)
+            with self._transaction(write=False) as connection:
+                ((self._key, erasing),) = connection.execute("SELECT key, erasing FROM device")
+            self._ids: dict[str, int] = {}
+            self._version: int | None = None
+            if users:
+                self.enrol(users)
+            if erasing:
+                self._erase()
         except BaseException:
             self.close()
             raise
@@ -95,7 +102,7 @@ class DeviceStore:
     def open(cls, path: str | Path, users: Sequence[str]) -> Self:
         """Open or make the store at `path` (or ":memory:") and enrol those of `users` it does not know.
 
-        A user who was forgotten and is enrolled again keeps the filter. Users already in the store stay.
+        Users already in the store stay; those who were forgotten stay forgotten.
 
         Raises:
             StorageError: If the disk fails or another process keeps the store locked.
@@ -122,6 +129,80 @@ class DeviceStore:
         """Close the file."""
         self.close()
 
+    def enrol(self, users: Sequence[str], *, slots: int | None = None) -> BoolArray:
+        """Give a place to those of `users` who have none, in their order, while there are free places.
+
+        A place is never given up: not by users whose data are gone, nor by users who were forgotten.
+
+        Args:
+            users: Each once.
+            slots: How many places there are, or None for as many as are wanted.
+
+        Returns:
+            `n` bool, who has one of the first `slots` places, forgotten or not.
+
+        Raises:
+            ValueError: If a user is named twice.
+        """
+        tags = [self._tag(user) for user in users]
+        if len(set(tags)) != len(tags):
+            raise ValueError("Expected each user once, got a repeated name. Merge the user's rows.")
+        with self._transaction(write=True) as connection:
+            ((new_user_spent,),) = connection.execute("SELECT new_user_spent FROM device")
+            known = dict(connection.execute("SELECT tag, id FROM users").fetchall())
+            new = [tag for tag in tags if tag not in known]
+            free = len(new) if slots is None else max(0, slots - len(known))
+            connection.executemany(
+                "INSERT INTO users (tag, spent) VALUES (?, ?)", [(tag, new_user_spent) for tag in new[:free]]
+            )
+            rows = connection.execute("SELECT tag, id FROM users ORDER BY id").fetchall()
+        ids, served = dict(rows), {tag for tag, _ in rows[:slots]}
+        # No row is ever removed or numbered anew, so these stay right whatever other processes do.
+        with self._lock:
+            self._ids |= {user: ids[tag] for user, tag in zip(users, tags, strict=True) if tag in ids}
+        return np.array([tag in served for tag in tags], np.bool_)
+
+    def known(self, users: Sequence[str]) -> BoolArray:
+        """`n` bool, who has a place; other methods may then be asked about them. Nobody is enrolled by this."""
+        tags = [self._tag(user) for user in users]
+        with self._transaction(write=False) as connection:
+            ids = dict(connection.execute("SELECT tag, id FROM users").fetchall())
+        with self._lock:
+            self._ids |= {user: ids[tag] for user, tag in zip(users, tags, strict=True) if tag in ids}
+        return np.array([tag in ids for tag in tags], np.bool_)
+
+    def forgotten(self, users: Sequence[str]) -> BoolArray:
+        """`n` bool, who was forgotten and not enrolled again."""
+        with self._transaction(write=False) as connection:
+            gone = {i for (i,) in connection.execute("SELECT id FROM users WHERE forgotten")}
+        if not gone:
+            return np.zeros(len(users), np.bool_)
+        return np.array([i in gone for i in self._ids_of(users)], np.bool_)
+
+    def num_places(self) -> int:
+        """How many users were ever enrolled."""
+        with self._transaction(write=False) as connection:
+            ((count,),) = connection.execute("SELECT count(*) FROM users")
+        return int(count)
+
+    def changed_elsewhere(self) -> bool:
+        """Whether another process, or another object on this file, has written to it since this was last asked."""
+        with self._transaction(write=False) as connection:
+            ((version,),) = connection.execute("PRAGMA data_version")
+        before, self._version = self._version, version
+        return before not in (None, version)
+
+    def remember(self, user: str) -> None:
+        """Serve a forgotten user again, who keeps the place, the filter and the count; no state comes back.
+
+        Raises:
+            UmbelError: If the store does not know this user.
+        """
+        with self._transaction(write=True) as connection:
+            changed = connection.execute("UPDATE users SET forgotten = 0 WHERE tag = ?", (self._tag(user),))
+            if changed.rowcount == 0:
+                raise _unknown_user()
+
     def spent(self, users: Sequence[str]) -> IntArray:
         """What each user has been charged so far on this node.
 
@@ -138,6 +219,18 @@ class DeviceStore:
             spent = dict(found.fetchall())
         return np.array([spent[i] for i in ids], np.int64)
 
+    def contributions(self, users: Sequence[str]) -> IntArray:
+        """`n` int64, to how many releases each user has contributed on this node, over all ledgers."""
+        with self._transaction(write=False) as connection:
+            ids = self._ids_of(users)
+            counts = dict(
+                connection.execute(
+                    "SELECT users.id, contributions FROM json_each(?) CROSS JOIN users ON users.id = value",
+                    (json.dumps(ids),),
+                ).fetchall()
+            )
+        return np.array([counts[i] for i in ids], np.int64)
+
     def acknowledged(self, ledger_id: str) -> tuple[int, bytes]:
         """Sequence and head of the last line of this ledger that the node verified and stored."""
         with self._transaction(write=False) as connection:
@@ -149,14 +242,26 @@ class DeviceStore:
             row = connection.execute("SELECT ledger_id FROM ledgers ORDER BY id LIMIT 1").fetchone()
         return None if row is None else str(row[0])
 
-    def acknowledge(self, ledger_id: str, sequence: int, head: bytes) -> None:
+    def trusted_key(self, ledger_id: str) -> bytes | None:
+        """The key that signs this ledger as of the last line that was acknowledged, if one was ever stored."""
+        with self._transaction(write=False) as connection:
+            row = connection.execute("SELECT public_key FROM ledgers WHERE ledger_id = ?", (ledger_id,)).fetchone()
+        return None if row is None else row[0]
+
+    def acknowledge(self, ledger_id: str, sequence: int, head: bytes, *, public_key: bytes | None = None) -> None:
         """Store that the ledger was verified up to `sequence`, for a message that asks for no contribution.
+
+        Args:
+            ledger_id: Of the message.
+            sequence: Its last line.
+            head: The ledger's head after that line.
+            public_key: The key in force there, 32 bytes; None leaves the one that is stored.
 
         Raises:
             Refused: With code `ledger_rollback` or `ledger_fork`, if more or something else was acknowledged.
         """
         with self._transaction(write=True) as connection:
-            _advance(connection, ledger_id, sequence, head)
+            _advance(connection, ledger_id, sequence, head, public_key)
 
     def charge(  # noqa: PLR0917 -- one answer is one fact: where, what line, who, how much
         self,
@@ -168,6 +273,8 @@ class DeviceStore:
         cost: int,
         *,
         limit: int = FULL,
+        max_contributions: int | None = None,
+        public_key: bytes | None = None,
     ) -> None:
         """Record an answer, all of it or nothing; only after this returned may the reply leave.
 
@@ -179,6 +286,8 @@ class DeviceStore:
             mask: `n` bool, whose contribution is in the reply; of a sampled release those whose coin showed heads.
             cost: What each of them is charged, in units of 2^-50; `FULL` or more for a release without noise.
             limit: No filter may exceed it. Below `FULL` it is checked again here, under the write lock.
+            max_contributions: Nor may a user contribute more often than that; checked likewise.
+            public_key: The key in force after that line, 32 bytes; None leaves the one that is stored.
 
         Raises:
             Refused: With code `replayed` if this sequence was answered before, `ledger_rollback` or
@@ -198,14 +307,15 @@ class DeviceStore:
                 "SELECT 1 FROM charges WHERE ledger_id = ? AND sequence = ?", (ledger_id, sequence)
             ).fetchone():
                 raise Refused("replayed", "Expected a sequence that was not answered before, got an answered one.")
-            _advance(connection, ledger_id, sequence, head)
+            _advance(connection, ledger_id, sequence, head, public_key)
             ids = np.array(self._ids_of(users), np.int64)
             size = int(ids.max(initial=-1)) + 1  # of all, so that nobody's coin shows in how much is written
             connection.execute(
                 "INSERT INTO charges (ledger_id, sequence, cost, charged) VALUES (?, ?, ?, ?)",
                 (ledger_id, sequence, cost, _to_bitmap(ids[mask], size)),
             )
-            _raise_filters(connection, ids, mask, cost, limit)
+            _check_limits(connection, ids[mask], limit - cost if limit < FULL else FULL, max_contributions)
+            _raise_filters(connection, ids, mask, cost)
 
     def charged(self, ledger_id: str, sequence: int, users: Sequence[str]) -> BoolArray | None:
         """Who was charged when this sequence was answered, in the order of `users`; None if it was not."""
@@ -261,6 +371,27 @@ class DeviceStore:
         rank, sparsity = layout or next(((row[1], row[2]) for row in rows), (0, 0))
         return _unpack(ids, [row for row in rows if row[1:3] == (rank, sparsity)], rank, sparsity)
 
+    def save_model(self, digest: bytes, record: bytes) -> None:
+        """Keep a released model beside the states; others that no state was computed with are dropped.
+
+        Args:
+            digest: 32 bytes, as in `save_states`.
+            record: Whatever `load_model` shall return.
+        """
+        with self._transaction(write=True) as connection:
+            connection.execute("INSERT OR REPLACE INTO models (digest, record) VALUES (?, ?)", (digest, record))
+            connection.execute(
+                "DELETE FROM models WHERE digest != ? AND digest NOT IN (SELECT model_digest FROM states)", (digest,)
+            )
+
+    def load_model(self, digest: bytes | None = None) -> bytes | None:
+        """The model of this digest, or the one saved last; None where there is none."""
+        chosen, given = ("1", ()) if digest is None else ("digest = ?", (digest,))
+        query = f"SELECT record FROM models WHERE {chosen} ORDER BY id DESC LIMIT 1"  # noqa: S608
+        with self._transaction(write=False) as connection:
+            row = connection.execute(query, given).fetchone()
+        return None if row is None else bytes(row[0])
+
     def forget(self, user: str) -> None:
         """Erase a user's states and charge records from the file, its log and every file set aside from it.
 
@@ -274,7 +405,7 @@ class DeviceStore:
         with self._transaction(write=True) as connection:
             row = connection.execute("SELECT id FROM users WHERE tag = ?", (self._tag(user),)).fetchone()
             if row is None:
-                raise UmbelError("Expected a user of this store, got one it does not know. Check the name.")
+                raise _unknown_user()
             connection.execute("DELETE FROM states WHERE user = ?", row)
             connection.execute("UPDATE users SET forgotten = 1 WHERE id = ?", row)
             connection.execute("UPDATE device SET erasing = 1")
@@ -300,23 +431,6 @@ class DeviceStore:
             if self._path != MEMORY:
                 shred_set_aside_files(Path(self._path))
             self._connection.execute("UPDATE device SET erasing = 0")
-
-    def _enrol(self, users: Sequence[str]) -> None:
-        with self._transaction(write=True) as connection:
-            ((self._key, new_user_spent, erasing),) = connection.execute(
-                "SELECT key, new_user_spent, erasing FROM device"
-            )
-            tags = [self._tag(user) for user in users]
-            connection.executemany(
-                "INSERT INTO users (tag, spent) VALUES (?, ?) "
-                "ON CONFLICT (tag) DO UPDATE SET forgotten = 0 WHERE forgotten",
-                [(tag, new_user_spent) for tag in tags],
-            )
-            ids = dict(connection.execute("SELECT tag, id FROM users").fetchall())
-        # No row is ever removed or numbered anew, so these stay right whatever other processes do.
-        self._ids = {user: ids[tag] for user, tag in zip(users, tags, strict=True)}
-        if erasing:
-            self._erase()
 
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[sqlite3.Connection]:
@@ -349,14 +463,21 @@ def _acknowledged(connection: sqlite3.Connection, ledger_id: str) -> tuple[int, 
     return NOTHING_ACKNOWLEDGED if row is None else (row[0], row[1])
 
 
-def _advance(connection: sqlite3.Connection, ledger_id: str, sequence: int, head: bytes) -> None:
+def _unknown_user() -> UmbelError:
+    return UmbelError("Expected a user of this store, got one it does not know. Check the name.")
+
+
+def _advance(
+    connection: sqlite3.Connection, ledger_id: str, sequence: int, head: bytes, public_key: bytes | None
+) -> None:
     if sequence < 0 or len(head) != 32:
         raise ValueError(f"Expected 0 <= sequence and a head of 32 bytes, got {sequence=} and {len(head)} bytes.")
     moved = connection.execute(
-        "INSERT INTO ledgers (ledger_id, sequence, head) VALUES (?, ?, ?) ON CONFLICT (ledger_id) DO UPDATE "
-        "SET sequence = excluded.sequence, head = excluded.head "
+        "INSERT INTO ledgers (ledger_id, sequence, head, public_key) VALUES (?, ?, ?, ?) "
+        "ON CONFLICT (ledger_id) DO UPDATE SET sequence = excluded.sequence, head = excluded.head, "
+        "public_key = coalesce(excluded.public_key, public_key) "
         "WHERE excluded.sequence > sequence OR (excluded.sequence = sequence AND excluded.head = head)",
-        (ledger_id, sequence, head),
+        (ledger_id, sequence, head, public_key),
     )
     if moved.rowcount == 0:
         known, _ = _acknowledged(connection, ledger_id)
@@ -366,21 +487,25 @@ def _advance(connection: sqlite3.Connection, ledger_id: str, sequence: int, head
         )
 
 
-def _raise_filters(connection: sqlite3.Connection, ids: IntArray, mask: BoolArray, cost: int, limit: int) -> None:
-    """Add the cost to the filters of those in `mask`; the others' are written as they are, which takes as long."""
-    charged, others = json.dumps(ids[mask].tolist()), json.dumps(ids[~mask].tolist())
+def _check_limits(connection: sqlite3.Connection, charged: IntArray, most: int, max_contributions: int | None) -> None:
+    """Raise where somebody who is to be charged was forgotten, has spent more than `most`, or contributed enough."""
     ((barred,),) = connection.execute(
-        "SELECT EXISTS (SELECT 1 FROM json_each(?) CROSS JOIN users ON users.id = value WHERE forgotten OR spent > ?)",
-        (charged, limit - cost if limit < FULL else FULL),
+        "SELECT EXISTS (SELECT 1 FROM json_each(?) CROSS JOIN users ON users.id = value "
+        "WHERE forgotten OR spent > ? OR contributions >= ?)",
+        (json.dumps(charged.tolist()), most, FULL if max_contributions is None else max_contributions),
     )
     if barred:
-        raise ValueError("Expected only users that stay within `limit` in `mask`, got another. Admit them first.")
+        raise ValueError("Expected only users that stay within their limits in `mask`, got another. Admit them first.")
+
+
+def _raise_filters(connection: sqlite3.Connection, ids: IntArray, mask: BoolArray, cost: int) -> None:
+    """Add the cost to the filters of those in `mask`; the others' are written as they are, which takes as long."""
     # Saturating, because SQLite would turn a sum beyond 2^63 into a float.
-    for added, some in ((cost, charged), (0, others)):
+    for added, times, some in ((cost, 1, ids[mask]), (0, 0, ids[~mask])):
         connection.execute(
-            "UPDATE users SET spent = iif(spent > ?1 - ?2, ?1, spent + ?2) "
-            "WHERE id IN (SELECT value FROM json_each(?3))",
-            (FULL, added, some),
+            "UPDATE users SET spent = iif(spent > ?1 - ?2, ?1, spent + ?2), contributions = contributions + ?3 "
+            "WHERE id IN (SELECT value FROM json_each(?4))",
+            (FULL, added, times, json.dumps(some.tolist())),
         )
 
 

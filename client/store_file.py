@@ -26,7 +26,7 @@ from common.model import IntArray
 MEMORY = ":memory:"
 FULL = 2**62
 """The filter of a user who can contribute no more: above every limit, and no cost changes it."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x756D6231  # "umb1"
 _LOCK_TIMEOUT = 10.0
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -44,17 +44,22 @@ CREATE TABLE users (
     id INTEGER PRIMARY KEY,
     tag BLOB NOT NULL UNIQUE CHECK (length(tag) = 32),
     spent INTEGER NOT NULL CHECK (typeof(spent) = 'integer' AND spent BETWEEN 0 AND {FULL}),
-    forgotten INTEGER NOT NULL DEFAULT 0
+    forgotten INTEGER NOT NULL DEFAULT 0,
+    contributions INTEGER NOT NULL DEFAULT 0 CHECK (typeof(contributions) = 'integer' AND contributions >= 0)
 );
 CREATE TRIGGER a_filter_never_goes_down BEFORE UPDATE OF spent ON users WHEN NEW.spent < OLD.spent
 BEGIN SELECT RAISE(ABORT, 'a filter never goes down'); END;
 CREATE TRIGGER a_filter_outlives_its_user BEFORE DELETE ON users
 BEGIN SELECT RAISE(ABORT, 'a filter outlives its user'); END;
+CREATE TRIGGER a_count_never_goes_down BEFORE UPDATE OF contributions ON users
+WHEN NEW.contributions < OLD.contributions
+BEGIN SELECT RAISE(ABORT, 'a count never goes down'); END;
 CREATE TABLE ledgers (
     id INTEGER PRIMARY KEY,
     ledger_id TEXT NOT NULL UNIQUE,
     sequence INTEGER NOT NULL CHECK (sequence >= 0),
-    head BLOB NOT NULL CHECK (length(head) = 32)
+    head BLOB NOT NULL CHECK (length(head) = 32),
+    public_key BLOB CHECK (public_key IS NULL OR length(public_key) = 32)
 );
 CREATE TABLE charges (
     ledger_id TEXT NOT NULL,
@@ -70,6 +75,25 @@ CREATE TABLE states (
     model_digest BLOB NOT NULL,
     record BLOB NOT NULL
 );
+CREATE TABLE models (
+    id INTEGER PRIMARY KEY,
+    digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
+    record BLOB NOT NULL
+);
+"""
+
+_FROM_VERSION_1 = """
+ALTER TABLE users ADD COLUMN contributions INTEGER NOT NULL DEFAULT 0
+    CHECK (typeof(contributions) = 'integer' AND contributions >= 0);
+CREATE TRIGGER a_count_never_goes_down BEFORE UPDATE OF contributions ON users
+WHEN NEW.contributions < OLD.contributions
+BEGIN SELECT RAISE(ABORT, 'a count never goes down'); END;
+ALTER TABLE ledgers ADD COLUMN public_key BLOB CHECK (public_key IS NULL OR length(public_key) = 32);
+CREATE TABLE models (
+    id INTEGER PRIMARY KEY,
+    digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
+    record BLOB NOT NULL
+);
 """
 
 
@@ -79,13 +103,13 @@ class _Salvage:
 
     Attributes:
         device: Columns `key` and `new_user_spent`.
-        users: Columns `id`, `tag`, `spent`, `forgotten`.
+        users: Columns `id`, `tag`, `spent`, `forgotten`, `contributions`.
         ledgers: Columns of the table.
         charges: Columns of the table.
     """
 
     device: tuple[bytes, int]
-    users: list[tuple[int, bytes, int, int]]
+    users: list[tuple[int, bytes, int, int, int]]
     ledgers: list[tuple[Any, ...]]
     charges: list[tuple[Any, ...]]
 
@@ -148,7 +172,14 @@ def connect(path: str) -> tuple[sqlite3.Connection, int | None]:
                     f"Expected a sound device store, got path='{path}', damaged and in use by another process. "
                     "Stop that process and start again."
                 )
-            return _configured(path), lock
+            connection = _configured(path)
+            if (version := _version(connection)) != SCHEMA_VERSION:
+                connection.close()
+                raise StorageError(
+                    f"Expected a device store of version {SCHEMA_VERSION}, got {version=} and an older program that "
+                    "uses it. Stop that process and start again."
+                )
+            return connection, lock
         except BaseException:
             os.close(lock)
             raise
@@ -197,6 +228,7 @@ def _make_sound(path: Path) -> None:
     if path.exists():
         _restrict(path)
         if _is_sound(path):
+            _migrate(path)
             return
         _set_aside(path)
     # A crash between setting aside and making the new file leaves only set-aside files: take up from there.
@@ -223,7 +255,7 @@ def _is_sound(path: Path) -> bool:
                 raise UmbelError(
                     f"Expected a device store, got path='{path}', a database of something else. Choose another path."
                 )
-            ((version,),) = connection.execute("PRAGMA user_version")
+            version = _version(connection)
             if version > SCHEMA_VERSION:
                 raise UmbelError(
                     f"Expected a device store of version {SCHEMA_VERSION} or older, got {version=}. Upgrade umbel."
@@ -235,6 +267,39 @@ def _is_sound(path: Path) -> bool:
         if _primary_code(error) in _DAMAGED or "no such table" in str(error):
             return False
         raise
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    ((version,),) = connection.execute("PRAGMA user_version")
+    return int(version)
+
+
+def _migrate(path: Path) -> None:
+    """Bring a sound file of an earlier version to this one, in one transaction."""
+    with closing(_configured(str(path))) as connection:
+        if _version(connection) == SCHEMA_VERSION:
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in _statements(_FROM_VERSION_1):
+            connection.execute(statement)
+        charges = connection.execute("SELECT ledger_id, sequence, cost, charged FROM charges").fetchall()
+        counted = _recount(charges)[1]
+        rows = connection.execute("SELECT id, forgotten FROM users").fetchall()
+        # a forgotten user is in no record any more, and may have been in all of them
+        counts = [(len(charges) if gone else int(counted[i]) if i < counted.size else 0, i) for i, gone in rows]
+        connection.executemany("UPDATE users SET contributions = ? WHERE id = ?", counts)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Its statements one by one: `executescript` would end the transaction."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
 
 
 def _set_aside(path: Path) -> None:
@@ -273,8 +338,12 @@ def _fill(connection: sqlite3.Connection, salvage: _Salvage) -> None:
     connection.executescript(_SCHEMA)
     connection.execute("BEGIN")
     connection.execute("INSERT INTO device (key, new_user_spent) VALUES (?, ?)", salvage.device)
-    connection.executemany("INSERT INTO users (id, tag, spent, forgotten) VALUES (?, ?, ?, ?)", salvage.users)
-    connection.executemany("INSERT INTO ledgers (ledger_id, sequence, head) VALUES (?, ?, ?)", salvage.ledgers)
+    connection.executemany(
+        "INSERT INTO users (id, tag, spent, forgotten, contributions) VALUES (?, ?, ?, ?, ?)", salvage.users
+    )
+    connection.executemany(
+        "INSERT INTO ledgers (ledger_id, sequence, head, public_key) VALUES (?, ?, ?, ?)", salvage.ledgers
+    )
     connection.executemany(
         "INSERT INTO charges (ledger_id, sequence, cost, charged) VALUES (?, ?, ?, ?)", salvage.charges
     )
@@ -291,17 +360,20 @@ def _salvage(damaged: Path) -> _Salvage:
     try:
         with closing(sqlite3.connect(damaged.absolute().as_uri() + "?mode=ro", uri=True)) as connection:
             ((key, new_user_spent),) = connection.execute("SELECT key, new_user_spent FROM device").fetchall()
+            # what version 1 does not have yet
+            count, key_in_force = ("contributions", "public_key") if _version(connection) > 1 else ("0", "NULL")
             ledgers = connection.execute(
-                "SELECT ledger_id, sequence, head FROM ledgers NOT INDEXED ORDER BY id"
+                f"SELECT ledger_id, sequence, head, {key_in_force} FROM ledgers NOT INDEXED ORDER BY id"  # noqa: S608
             ).fetchall()
             charges = connection.execute(
                 "SELECT ledger_id, sequence, cost, charged FROM charges NOT INDEXED"
             ).fetchall()
-            users, complete = _readable_users(connection)
-        counted = _recount(charges)
-        raised = [
-            (i, tag, max(spent, int(counted[i]) if 0 <= i < counted.size else 0), gone) for i, tag, spent, gone in users
-        ]
+            users, complete = _readable_users(connection, count)
+        recounted = _recount(charges)
+        raised = []
+        for i, tag, spent, gone, contributions in users:
+            least, times = (int(seen[i]) if 0 <= i < seen.size else 0 for seen in recounted)
+            raised.append((i, tag, max(spent, least), gone, max(contributions, times)))
         salvage = _Salvage(
             device=(key, new_user_spent if complete else FULL), users=raised, ledgers=ledgers, charges=charges
         )
@@ -312,12 +384,12 @@ def _salvage(damaged: Path) -> _Salvage:
     return salvage
 
 
-def _readable_users(connection: sqlite3.Connection) -> tuple[list[tuple[int, bytes, int, int]], bool]:
-    rows: dict[int, tuple[int, bytes, int, int]] = {}
+def _readable_users(connection: sqlite3.Connection, count: str) -> tuple[list[tuple[int, bytes, int, int, int]], bool]:
+    rows: dict[int, tuple[int, bytes, int, int, int]] = {}
     complete = True
     for order in ("ASC", "DESC"):
         try:
-            query = f"SELECT id, tag, spent, forgotten FROM users NOT INDEXED ORDER BY id {order}"  # noqa: S608
+            query = f"SELECT id, tag, spent, forgotten, {count} FROM users NOT INDEXED ORDER BY id {order}"  # noqa: S608
             for row in connection.execute(query):
                 rows[row[0]] = row
         except sqlite3.Error:
@@ -325,14 +397,16 @@ def _readable_users(connection: sqlite3.Connection) -> tuple[list[tuple[int, byt
     return list(rows.values()), complete
 
 
-def _recount(charges: list[tuple[Any, ...]]) -> IntArray:
-    """Spending by row id from the charges alone, a second witness beside a file's damaged rows."""
+def _recount(charges: list[tuple[Any, ...]]) -> tuple[IntArray, IntArray]:
+    """Spending and contributions by row id from the charges alone, a second witness beside a file's damaged rows."""
     bitmaps = [np.unpackbits(np.frombuffer(charged, np.uint8), bitorder="little") for *_, charged in charges]
-    spent = np.zeros(max((bits.size for bits in bitmaps), default=0), np.int64)
+    size = max((bits.size for bits in bitmaps), default=0)
+    spent, times = np.zeros(size, np.int64), np.zeros(size, np.int64)
     for (_, _, cost, _), bits in zip(charges, bitmaps, strict=True):
         known = spent[: bits.size]
         known[:] = np.where(bits == 0, known, np.where(known > FULL - cost, FULL, known + cost))
-    return spent
+        times[: bits.size] += bits
+    return spent, times
 
 
 def _restrict(path: Path) -> None:

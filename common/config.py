@@ -251,6 +251,7 @@ class TrainingConfig(_Section):
         engine: "in-process" (this process) or "flower" (the Flower Simulation Engine).
         nodes: Into how many nodes a simulation splits the users.
         round_timeout: Seconds to wait for replies; a round goes on with whoever answered.
+        startup_timeout: Seconds to wait for all nodes of the registry; a run begins with those that are connected.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
@@ -258,6 +259,7 @@ class TrainingConfig(_Section):
     engine: Literal["in-process", "flower"] = "in-process"
     nodes: Count = 2
     round_timeout: Positive = 600.0
+    startup_timeout: Positive = 120.0
 
 
 class AmhtConfig(Fitting):
@@ -287,6 +289,7 @@ class PrivacyConfig(_Section):
         delta: Of the budget; by default min(1e-6, 1 / (10 n)) for n users.
         max_nodes_per_user: Up to how many nodes one person may be a user of; multiplies the sensitivity.
         clipping: "adaptive", or a public constant clipping norm.
+        noise: Gaussians rounded to integers, "rounded", or OpenDP's discrete Gaussians, "discrete".
         seed: Fixes the privacy randomness: the run is then NOT PRIVATE.
         max_users_per_node: A node with more is not invited.
         sampling_probability: With which each user contributes to a release, by a coin of that user's own device; a
@@ -298,6 +301,7 @@ class PrivacyConfig(_Section):
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     max_nodes_per_user: Count = 1
     clipping: Annotated[float | Literal["adaptive"], _number_or_word("adaptive")] = "adaptive"
+    noise: Literal["rounded", "discrete"] = "rounded"
     seed: Seed | None = None
     max_users_per_node: Count = 1_000_000
     sampling_probability: Annotated[str | None, BeforeValidator(_probability)] = None
@@ -306,6 +310,12 @@ class PrivacyConfig(_Section):
     def _sampling_has_noise(self) -> "PrivacyConfig":
         if self.sampling_probability is not None and self.epsilon == "none":
             raise ValueError("privacy.epsilon to be a number for a sampled run, whose noise sampling amplifies")
+        return self
+
+    @model_validator(mode="after")
+    def _seed_reaches_the_noise(self) -> "PrivacyConfig":
+        if self.seed is not None and self.noise == "discrete":
+            raise ValueError("privacy.noise='rounded' with privacy.seed, for OpenDP's noise cannot be seeded")
         return self
 
 

@@ -5,6 +5,7 @@ here is pure and keeps the users' order.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,12 @@ class DataSchema:
     def dimension(self) -> int:
         """Number of features d."""
         return len(self.feature_names)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hex, of what server and nodes have to agree on: all but the metric, which the server sends."""
+        agreed = [list(self.feature_names), list(self.target_range), self.target_offset, self.feature_bound]
+        return hashlib.sha256(json.dumps(agreed).encode()).hexdigest()
 
 
 class Features(Protocol):

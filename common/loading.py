@@ -28,13 +28,14 @@ from common.data import (
 from common.encoding import ItemTable, encode_features, read_catalogue, read_item_features
 from common.errors import DataError
 from common.model import Array, IntArray
-from common.movielens import TARGET_OFFSET, TARGET_RANGE, find_preset, read_movies
-from common.synthetic import SyntheticTruth, draw_population
+from common.movielens import TARGET_OFFSET, TARGET_RANGE, find_movies, find_preset, read_movies
+from common.synthetic import SyntheticTruth, draw_population, synthetic_schema
 from common.tables import (
     BoolArray,
     Cells,
     Check,
     Layout,
+    NoRows,
     as_numbers,
     as_texts,
     as_times,
@@ -48,6 +49,9 @@ from common.tables import (
     text_check,
 )
 
+ONE_USER = ""
+"""`data.user` of a device whose table has no column of users, as all rows are its owner's."""
+_OWNER = "owner"
 _SHOWN_BAD_ROWS = 20
 _ALIASES = {
     "user": ("user", "user_id", "userId"),
@@ -93,7 +97,7 @@ class _Rows:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Inputs:
+class _Examples:
     """What the format makes of the other columns; features and hashes of length N."""
 
     features: Features
@@ -123,6 +127,85 @@ def load(data: DataConfig, family: Family = "squared") -> Loaded:
     return loaded
 
 
+def public_schema(data: DataConfig, family: Family = "squared") -> DataSchema:
+    """The schema that `load` gives on every node with this configuration, without reading any user's row.
+
+    It follows from the declarations and from public files: the list of items or movies. What holds the users' rows
+    need not exist here.
+
+    Args:
+        data: The section `data`.
+        family: The loss.
+
+    Raises:
+        DataError: If a declaration or a public file is missing.
+    """
+    if data.source == "synthetic":
+        drawn = data.synthetic.model_dump(exclude={"users", "examples", "seed", "precision"})
+        return synthetic_schema(**drawn, family=family)
+    path = Path(data.source)
+    if _is_movielens(path, data):
+        declared = _declared_movielens(data, family)
+        items = read_movies(find_movies(path, data.format))
+        return _schema(items.names, items.second_moment, declared, family)
+    if _is_ratings(data):
+        items = _public_items(data)
+        return _schema(items.names, items.second_moment, data, family)
+    if not data.features:
+        raise DataError(
+            "Expected data.features, the columns to learn from with their public ranges, got none. Declare them, or "
+            "data.item_features or data.catalogue for ratings."
+        )
+    encoded = encode_features({feature.name: [] for feature in data.features}, data.features)
+    return _schema(encoded.names, np.diag(encoded.declared_moment), data, family)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """Examples without targets.
+
+    Attributes:
+        X: `N x d`.
+        row: `N` int64, the number of each in its file.
+        usable: `N` bool, whether it has all the features as declared; `X` is of no meaning where not.
+        problems: One line for each of the first that have not.
+    """
+
+    X: Array
+    row: IntArray
+    usable: BoolArray
+    problems: tuple[str, ...]
+
+
+def load_inputs(path: Path, data: DataConfig) -> Inputs:
+    """Read examples to predict for, with the features that are declared for the training data.
+
+    Args:
+        path: A file of any format that a source may have.
+        data: The section `data`; its source need not exist.
+
+    Raises:
+        DataError: If a file, column or declaration is missing.
+    """
+    source = Path(data.source)
+    if data.source == "synthetic" or not (data.features or _is_ratings(data) or _is_movielens(source, data)):
+        raise DataError("Expected data.features or a public list of items, got neither, so an input has no meaning.")
+    if _is_movielens(source, data) or _is_ratings(data):
+        items = read_movies(find_movies(source, data.format)) if _is_movielens(source, data) else _public_items(data)
+        column = _column("item", data.item, column_names(path, table=data.table), path)
+        cells = read_cells(path, [column], table=data.table)
+        item = np.array([items.index.get(name, -1) for name in as_texts(cells.columns[column])], np.int64)
+        checks: tuple[Check, ...] = (Check(column=column, expected="an item of the public list", bad=item < 0),)
+        X = items.table[item]
+    else:
+        cells = read_cells(path, [feature.name for feature in data.features], table=data.table)
+        encoded = encode_features(cells.columns, data.features)
+        X, checks = encoded.X, encoded.checks
+    checks = (completeness(cells, column_names(path, table=data.table)), *checks)
+    named = describe_bad_rows(cells, checks, limit=_SHOWN_BAD_ROWS)
+    return Inputs(X=X, row=cells.rows, usable=~bad_rows(cells, checks), problems=(*cells.unread, *named))
+
+
 def refuse_bad_rows(named: Sequence[str], count: int) -> None:
     """Raise where rows were dropped that should not have been.
 
@@ -146,13 +229,13 @@ def _load(data: DataConfig, family: Family) -> Loaded:
         return _load_synthetic(data, family)
     path = Path(data.source)
     if not path.exists():
-        raise DataError(f"Expected a file or folder, got data.source={data.source!r}. Correct the path.")
-    if path.is_dir():
+        raise NoRows(f"Expected a file or folder, got data.source={data.source!r}. Correct the path.")
+    if path.is_dir() and _is_movielens(path, data):
         return _load_movielens(path, data, family)
     if data.format.startswith("movielens"):
         raise DataError(f"Expected a folder for data.format={data.format!r}, got data.source={data.source!r}.")
-    if data.format == "ratings" or (data.format == "auto" and (data.item_features or data.catalogue)):
-        return _load_ratings(path, data, family)
+    if _is_ratings(data):
+        return _load_items(path, data, family, _public_items(data), name="ratings")
     return _load_table(path, data, family)
 
 
@@ -163,39 +246,51 @@ def _load_synthetic(data: DataConfig, family: Family) -> Loaded:
     return Loaded(population=population, schema=schema, format="synthetic", truth=truth)
 
 
+def _is_movielens(path: Path, data: DataConfig) -> bool:
+    """Whether a source is MovieLens; a folder is, unless something says that its files are tables."""
+    declared = data.features or data.item_features or data.catalogue
+    return data.format.startswith("movielens") or (data.format == "auto" and path.is_dir() and not declared)
+
+
 def _load_movielens(folder: Path, data: DataConfig, family: Family) -> Loaded:
-    if data.format in ("ratings", "table"):
-        raise DataError(f"Expected a file for data.format={data.format!r}, got the folder {folder}.")
+    declared = _declared_movielens(data, family)
+    name, preset = find_preset(folder, data.format)
+    items = read_movies(folder / preset.movies)
+    return _load_items(folder / preset.ratings, declared, family, items, name=name, layout=preset.layout)
+
+
+def _declared_movielens(data: DataConfig, family: Family) -> DataConfig:
+    """The declarations with those of MovieLens where there are none."""
     if family != "squared":
         raise DataError(
             f"Expected model.family='squared' for ratings from 1 to 5, got model.family={family!r}. "
             "For likes, write a table of 0 and 1 and declare data.item_features."
         )
-    name, preset = find_preset(folder, data.format)
-    items = read_movies(folder / preset.movies)
-    declared = data.model_copy(
+    return data.model_copy(
         update={
             "target_range": data.target_range or TARGET_RANGE,
             "target_offset": TARGET_OFFSET if data.target_offset is None else data.target_offset,
         }
     )
-    return _load_items(folder / preset.ratings, declared, family, items, name=name, layout=preset.layout)
 
 
-def _load_ratings(path: Path, data: DataConfig, family: Family) -> Loaded:
+def _is_ratings(data: DataConfig) -> bool:
+    return data.format == "ratings" or (data.format == "auto" and bool(data.item_features or data.catalogue))
+
+
+def _public_items(data: DataConfig) -> ItemTable:
+    """The items of ratings, from the public file that is declared."""
     if data.item_features:
         public = Path(data.item_features)
         item = _column("item", data.item, column_names(public), public)
-        items = read_item_features(public, item, data.features)
-    elif data.catalogue:
-        items = read_catalogue(Path(data.catalogue))
-    else:
-        raise DataError(
-            "Expected data.item_features or data.catalogue for ratings, got neither. The items must come "
-            "from a public list, not from what users rated: write the item ids to a file, one a line, and "
-            "name it in data.catalogue."
-        )
-    return _load_items(path, data, family, items, name="ratings")
+        return read_item_features(public, item, data.features)
+    if data.catalogue:
+        return read_catalogue(Path(data.catalogue))
+    raise DataError(
+        "Expected data.item_features or data.catalogue for ratings, got neither. The items must come "
+        "from a public list, not from what users rated: write the item ids to a file, one a line, and "
+        "name it in data.catalogue."
+    )
 
 
 def _load_items(
@@ -205,7 +300,7 @@ def _load_items(
     rows = _read_rows(path, layout, data, family, [column])
     ids = as_texts(rows.cells.columns[column])
     item = np.fromiter((items.index.get(i, -1) for i in ids), dtype=np.int32, count=len(ids))
-    inputs = _Inputs(
+    inputs = _Examples(
         features=ItemFeatures(item, items.table),
         item_hash=text_hashes(items.index, kind="item")[item],
         names=items.names,
@@ -225,7 +320,7 @@ def _load_table(path: Path, data: DataConfig, family: Family) -> Loaded:
         )
     rows = _read_rows(path, None, data, family, [feature.name for feature in data.features])
     encoded = encode_features(rows.cells.columns, data.features)
-    inputs = _Inputs(
+    inputs = _Examples(
         features=DenseFeatures(encoded.X),
         item_hash=None,
         names=encoded.names,
@@ -254,13 +349,15 @@ def _usual_names() -> set[str]:
 
 def _read_rows(path: Path, layout: Layout | None, data: DataConfig, family: Family, others: Sequence[str]) -> _Rows:
     known = column_names(path, table=data.table, layout=layout)
-    user = _column("user", data.user, known, path)
+    user = "" if data.user == ONE_USER else _column("user", data.user, known, path)
     target = _column("target", data.target, known, path)
     if target in others or user in others:
         raise DataError("Expected data.features without the columns of user and target, got one of them there.")
     optional = [name for name in (data.weight, data.timestamp, data.event_id) if name]
-    cells = read_cells(path, [user, target, *others, *optional], table=data.table, layout=layout)
-    users, y = as_texts(cells.columns[user]), as_numbers(cells.columns[target])
+    named = [user] if user else []
+    cells = read_cells(path, [*named, target, *others, *optional], table=data.table, layout=layout)
+    y = as_numbers(cells.columns[target])
+    users = as_texts(cells.columns[user]) if user else [_OWNER] * len(y)
     checks = [completeness(cells, known), text_check(user, users), number_check(target, y)]
     if family == "logistic":
         checks.append(Check(column=target, expected="0 or 1", bad=(y != 0) & (y != 1)))
@@ -289,21 +386,22 @@ def _repeated_events(column: str, users: Sequence[str], event: Sequence[str], ba
     return Check(column=column, expected="an event that no row above of this user has", bad=repeated)
 
 
-def _assemble(rows: _Rows, inputs: _Inputs, data: DataConfig, family: Family, name: str) -> Loaded:
+def _assemble(rows: _Rows, inputs: _Examples, data: DataConfig, family: Family, name: str) -> Loaded:
     """Drop bad rows, group the rest by user, and attach the public facts.
 
     Raises:
         DataError: If the target's range is not declared or no row names a user.
     """
-    low, high, offset = _declared_target(data, family)
+    schema = _schema(inputs.names, inputs.second_moment, data, family)
+    low, high = schema.target_range
     checks = (*rows.checks, *inputs.checks)
     bad = bad_rows(rows.cells, checks)
     named = describe_bad_rows(rows.cells, checks, limit=_SHOWN_BAD_ROWS)
     users, code = _number_users(rows.users)
     if not users:
-        raise DataError(f"{named[0]} No row names a user. Correct the file, or set data.user.")
+        raise NoRows(f"{named[0]} No row names a user. Correct the file, or set data.user.")
     counts, order = _group(code, rows.time, np.flatnonzero(~bad), len(users))
-    y = rows.target[order] - offset
+    y = rows.target[order] - schema.target_offset
     user_hash = np.repeat(text_hashes(users, kind="user"), counts)
     population = Population(
         users=users,
@@ -313,20 +411,29 @@ def _assemble(rows: _Rows, inputs: _Inputs, data: DataConfig, family: Family, na
         features=inputs.features.take(order),
         key=example_keys(user_hash, _example_hashes(rows, inputs, counts, order)),
     )
-    schema = DataSchema(
-        feature_names=inputs.names,
-        feature_second_moment=inputs.second_moment,
-        target_range=(low, high),
-        target_offset=offset,
-        feature_bound=1.0,
-    )
     return Loaded(
         population=limit_examples(population, data.max_examples),
         schema=schema,
         format=name,
-        bad_rows=(*named, *_name_users_without_rows(rows.cells, code, counts)),
-        num_bad_rows=int(bad.sum()),
+        bad_rows=(*rows.cells.unread, *named, *_name_users_without_rows(rows.cells, code, counts)),
+        num_bad_rows=int(bad.sum()) + len(rows.cells.unread),
         num_clipped=inputs.num_clipped + int(((y < low) | (y > high)).sum()),
+    )
+
+
+def _schema(names: tuple[str, ...], second_moment: Array, data: DataConfig, family: Family) -> DataSchema:
+    """What is public about a table or ratings.
+
+    Raises:
+        DataError: If the target's range is not declared.
+    """
+    low, high, offset = _declared_target(data, family)
+    return DataSchema(
+        feature_names=names,
+        feature_second_moment=second_moment,
+        target_range=(low, high),
+        target_offset=offset,
+        feature_bound=1.0,
     )
 
 
@@ -367,7 +474,7 @@ def _name_users_without_rows(cells: Cells, code: IntArray, counts: IntArray) -> 
     return (f"{cells.file}: {without.size} users have no usable row; the first of them is in row {row}.",)
 
 
-def _example_hashes(rows: _Rows, inputs: _Inputs, counts: IntArray, order: IntArray) -> KeyArray:
+def _example_hashes(rows: _Rows, inputs: _Examples, counts: IntArray, order: IntArray) -> KeyArray:
     """What tells a user's examples apart: the item, else the event, else the place among the user's rows."""
     if inputs.item_hash is not None:
         return inputs.item_hash[order]

@@ -98,6 +98,20 @@ def find_preset(folder: Path, name: str) -> tuple[str, Preset]:
     raise DataError(f"Expected one of these pairs of files in data.source={folder}, got none: {looked_for}.")
 
 
+def find_movies(folder: Path, name: str) -> Path:
+    """The public list of movies of the preset `name` ("auto" for any), whether ratings lie beside it or not.
+
+    Raises:
+        DataError: If there is none; the message lists what was looked for.
+    """
+    files = [preset.movies for candidate in (PRESETS if name == "auto" else [name]) for preset in PRESETS[candidate]]
+    for file in dict.fromkeys(files):
+        if (folder / file).is_file():
+            return folder / file
+    looked_for = " or ".join(dict.fromkeys(files))
+    raise DataError(f"Expected the public list of movies in data.source={folder}, got none: {looked_for}.")
+
+
 def read_movies(path: Path) -> ItemTable:
     """The public features of every movie in `movies.dat` or `u.item`.
 

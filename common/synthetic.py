@@ -84,7 +84,10 @@ def draw_population(
         raise ValueError(f"Expected rank and sparsity of at most {dimension=}, got {rank=}, {sparsity=}.")
     generator = np.random.default_rng(seed)
     squared = family == "squared"
-    spread = math.sqrt(beta_scale**2 + rank * U_scale**2 + sparsity * b_scale**2 + noise**2)
+    scales = {"beta_scale": beta_scale, "U_scale": U_scale, "b_scale": b_scale, "noise": noise}
+    schema = synthetic_schema(
+        dimension=dimension, rank=rank, sparsity=sparsity, family=family, feature_bound=feature_bound, **scales
+    )
     truth = SyntheticTruth(
         beta=_direction(generator, dimension) * beta_scale,
         U=np.linalg.qr(generator.standard_normal((dimension, rank)))[0] * U_scale,
@@ -97,7 +100,7 @@ def draw_population(
     offsets = np.concatenate([[0], np.cumsum(counts)])
     X = generator.standard_normal((offsets[-1], dimension), dtype=np.dtype(precision))
     np.clip(X, -feature_bound, feature_bound, out=X)
-    y, target_range = _targets(generator, _margins(X, truth.theta, offsets), squared, noise, spread)
+    y = _targets(generator, _margins(X, truth.theta, offsets), squared, noise, schema.target_range)
     names = tuple(f"user-{i}" for i in range(users))
     population = Population(
         users=names,
@@ -107,13 +110,31 @@ def draw_population(
         features=DenseFeatures(X),
         key=example_keys(np.repeat(text_hashes(names, kind="user"), counts), row_hashes(counts)),
     )
-    schema = DataSchema(
+    return population, schema, truth
+
+
+def synthetic_schema(
+    *,
+    dimension: int,
+    rank: int,
+    sparsity: int,
+    noise: float = 0.3,
+    family: Literal["squared", "logistic"] = "squared",
+    beta_scale: float = 1.0,
+    U_scale: float = 1.0,
+    b_scale: float = 1.0,
+    feature_bound: float = 4.0,
+) -> DataSchema:
+    """What is public about a population of `draw_population`, which takes the same arguments; nobody is drawn."""
+    # the standard deviation of a target, of which its range is a multiple
+    spread = math.sqrt(beta_scale**2 + rank * U_scale**2 + sparsity * b_scale**2 + noise**2)
+    bound = _TARGET_RANGE_IN_SDS * spread
+    return DataSchema(
         feature_names=tuple(f"x{j}" for j in range(dimension)),
         feature_second_moment=np.eye(dimension) * _clipped_normal_variance(feature_bound),
-        target_range=target_range,
+        target_range=(-bound, bound) if family == "squared" else (0.0, 1.0),
         feature_bound=feature_bound,
     )
-    return population, schema, truth
 
 
 def _direction(generator: np.random.Generator, dimension: int) -> Array:
@@ -142,15 +163,13 @@ def _margins(X: npt.NDArray[np.floating[Any]], theta: Array, offsets: IntArray) 
 
 
 def _targets(
-    generator: np.random.Generator, margin: Array, squared: bool, noise: float, spread: float
-) -> tuple[Array, tuple[float, float]]:
-    """The targets and their public range: a multiple of the known standard deviation of y, or 0 and 1."""
+    generator: np.random.Generator, margin: Array, squared: bool, noise: float, target_range: tuple[float, float]
+) -> Array:
+    """The targets, within their public range."""
     if not squared:
         probability = 0.5 + 0.5 * np.tanh(margin / 2)  # the logistic function, without overflow
-        return (generator.random(margin.size) < probability).astype(np.float64), (0.0, 1.0)
-    bound = _TARGET_RANGE_IN_SDS * spread
-    y = margin + noise * generator.standard_normal(margin.size)
-    return np.clip(y, -bound, bound), (-bound, bound)
+        return (generator.random(margin.size) < probability).astype(np.float64)
+    return np.clip(margin + noise * generator.standard_normal(margin.size), *target_range)
 
 
 def _clipped_normal_variance(bound: float) -> float:

@@ -1,5 +1,7 @@
 """Cells out of files: CSV and its relatives, SQLite and Parquet, with the row each cell came from.
 
+A folder of files of one kind is read as one table, its files in the order of their names: what a log shipper leaves.
+
 Nothing here knows what a column means. A cell that cannot be used is never an exception but a row of a
 `Check`, so that every bad row of a file can be named and counted. A message names file, row and column and
 never the value, because the value is a user's.
@@ -12,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,14 @@ BoolArray = npt.NDArray[np.bool_]
 
 _SQLITE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
+_TEXT_SUFFIXES = (".csv", ".tsv", ".tab")
+_SUFFIXES = (*_TEXT_SUFFIXES, *_SQLITE_SUFFIXES, *_PARQUET_SUFFIXES)
 
 csv.field_size_limit(2**31 - 1)  # by default one long cell makes the whole file unreadable
+
+
+class NoRows(DataError):
+    """There is no source, or nobody's row in it: its users have no data, which is no mistake of anybody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +65,14 @@ class Cells:
         rows: `N` int64, the number of each row in the file, from 1, a line of names included.
         complete: `N` bool, whether the row had as many fields as there are columns; if not, the fields that it
             has are taken in order and the others are empty, so that it may still say whose row it is.
+        unread: One line for each file of a folder that could not be read, while another could.
     """
 
     file: str
     columns: dict[str, Sequence[Any]]
     rows: IntArray
     complete: BoolArray
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +96,8 @@ def column_names(path: Path, *, table: str | None = None, layout: Layout | None 
     Raises:
         DataError: If the file is missing, empty, or not of the kind its suffix says.
     """
+    if path.is_dir():
+        return _folder_names(path, table, layout)
     if path.suffix in _SQLITE_SUFFIXES:
         return _sqlite_names(path, _sqlite_table(path, table))
     if path.suffix in _PARQUET_SUFFIXES:
@@ -109,8 +121,11 @@ def read_cells(path: Path, names: Sequence[str], *, table: str | None = None, la
     """The columns `names` of a file.
 
     Raises:
-        DataError: If the file cannot be read, lacks one of the columns, or has no row.
+        DataError: If the file cannot be read or lacks one of the columns.
+        NoRows: If it has no row.
     """
+    if path.is_dir():
+        return _folder_cells(path, names, table, layout)
     known = column_names(path, table=table, layout=layout)
     for name in names:
         if known.count(name) != 1:
@@ -126,8 +141,63 @@ def read_cells(path: Path, names: Sequence[str], *, table: str | None = None, la
     else:
         cells = _text_cells(path, wanted, known, layout or _layout_of(path))
     if not cells.rows.size:
-        raise DataError(f"{path.name}: Expected at least one row of data, got none.")
+        raise NoRows(f"{path.name}: Expected at least one row of data, got none.")
     return cells
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that a source consists of: itself, or those in a folder that are tables, by name.
+
+    Hidden files, and those whose suffix is not one of a table, are somebody's work in progress.
+
+    Raises:
+        NoRows: If there is none.
+        DataError: If a folder holds tables of different kinds.
+    """
+    if not path.is_dir():
+        return (path,)
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        raise DataError(f"{path}: Expected a folder that can be read, got {error.strerror}.") from error
+    files = tuple(entry for entry in entries if entry.suffix in _SUFFIXES and not entry.name.startswith((".", "_")))
+    if not files:
+        raise NoRows(f"{path}: Expected files ending in {', '.join(_SUFFIXES)}, got none.")
+    if len({entry.suffix for entry in files}) > 1:
+        raise DataError(f"{path}: Expected files of one kind, got several. Move the others away.")
+    return files
+
+
+def _folder_names(path: Path, table: str | None, layout: Layout | None) -> tuple[str, ...]:
+    """The columns of the first file that can be read."""
+    problem: DataError | None = None
+    for file in files_of(path):
+        try:
+            return column_names(file, table=table, layout=layout)
+        except DataError as error:
+            problem = problem or error
+    raise problem or NoRows(f"{path}: Expected a file, got none.")
+
+
+def _folder_cells(path: Path, names: Sequence[str], table: str | None, layout: Layout | None) -> Cells:
+    """The rows of all files that can be read: one that cannot is left out, as it may hold but one user's data."""
+    parts, problems = [], []
+    for file in files_of(path):
+        try:
+            parts.append(read_cells(file, names, table=table, layout=layout))
+        except NoRows:
+            continue
+        except DataError as error:
+            problems.append(error)
+    if not parts:
+        raise problems[0] if problems else NoRows(f"{path.name}: Expected at least one row of data, got none.")
+    return Cells(
+        file=path.name,
+        columns={name: list(chain.from_iterable(part.columns[name] for part in parts)) for name in parts[0].columns},
+        rows=np.concatenate([part.rows for part in parts]),
+        complete=np.concatenate([part.complete for part in parts]),
+        unread=tuple(str(problem) for problem in problems),
+    )
 
 
 def completeness(cells: Cells, known: Sequence[str]) -> Check:
@@ -236,7 +306,7 @@ def _text_header(path: Path, layout: Layout) -> tuple[str, ...]:
     with closing(_records(path, layout)) as records:
         first = next(records, None)
     if first is None:
-        raise DataError(f"{path.name}: Expected a line of column names, got an empty file.")
+        raise NoRows(f"{path.name}: Expected a line of column names, got an empty file.")
     return layout.header or tuple(name.strip() for name in first)
 
 

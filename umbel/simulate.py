@@ -16,15 +16,18 @@ from uuid import uuid4
 from client import sources
 from client.app import SETTINGS_VARIABLE, close_services, service_for
 from client.settings import NodeSettings
-from common.config import Config, load_config, to_toml
+from common.config import Config, DataConfig, load_config, to_toml
 from common.data import DataSchema, partition
 from common.errors import BudgetExhausted, UmbelError
 from common.files import make_folder, write_durably
 from privacy.amplification import Schedule, amplified
 from privacy.audit.losses import losses_at
+from privacy.discrete import require_opendp
 from privacy.keys import create_key, load_key
+from privacy.layout import GRID_SCALES
 from privacy.ledger import PrivacyLedger
-from privacy.mechanism import check_delta_fp, delta_fp
+from privacy.lines import NOISES
+from privacy.mechanism import check_delta_fp, coordinate_distance, delta_fp, distance_of
 from privacy.participation import UNITS, cost_units, is_noiseless, is_unlimited, mu_max_string
 from privacy.promise import promise_of_ledger, reasons_against
 from privacy.report_page import write_reports
@@ -124,9 +127,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
     if folder.config.exists():
         raise UmbelError(f"Expected a new folder, got run.out={root} with a run in it. Add --resume, or name another.")
     # absolute, as the nodes have it, so that it is read once
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"source": _absolute(config.data.source)})}
-    )
+    config = config.model_copy(update={"data": config.data.model_copy(update=_absolute_paths(config.data))})
     source = sources.read(config.data, config.model.family)
     train, test, schema = source.train, source.test, source.schema
     if source.num_bad_rows:
@@ -134,16 +135,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
     if source.num_clipped:
         progress.warn(f"{source.num_clipped} values outside their declared range were clipped to it.")
     config = with_shape(config, schema, progress)
-    if config.training.engine == "flower" and find_spec("ray") is None:
-        raise UmbelError(
-            "Expected the package ray with training.engine='flower', found none. "
-            "Run pip install -e '.[ray]' in the checkout, or use the in-process engine."
-        )
-    if (config.training.engine, config.run.stores) == ("flower", "memory"):
-        raise UmbelError(
-            "Expected run.stores='files' with training.engine='flower', whose processes share a node's filters through "
-            "its file, got run.stores='memory'. Use files, or the in-process engine."
-        )
+    _check_parts(config)
     if train.num_users < config.training.nodes:
         raise UmbelError(
             f"Expected training.nodes <= {train.num_users} users, "
@@ -159,9 +151,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
     noise_multiplier, mu_max = noise_and_limit(config, delta)
     budget = ledger_budget(config)
     if not is_noiseless(noise_multiplier):
-        size = largest_layout(config, schema.dimension, private=True).size
-        check_delta_fp(float(config.privacy.epsilon), delta, size, config.training.rounds)
-        warn_of_noise(size, noise_multiplier, train.num_users, progress)
+        check_noise(config, noise_multiplier, delta, schema, users=train.num_users, progress=progress)
     ledger_path = Path(config.run.ledger).resolve() if config.run.ledger else root / "ledger.jsonl"
     place = LedgerPlace(ledger=ledger_path)
     sizes = [partition(train, config.training.nodes, i).num_users for i in range(config.training.nodes)]
@@ -201,9 +191,25 @@ def lay_out(config: Config, progress: Progress) -> Config:
         family=config.model.family,
         data=resolved.data,
     )
-    write_durably(folder.nodes / "node.toml", to_toml(nodes.model_dump(exclude_none=True)).encode())
+    write_durably(folder.nodes / "node.toml", to_toml(nodes.model_dump(exclude_none=True, by_alias=True)).encode())
     write_durably(folder.config, resolved.to_toml().encode())
     return resolved
+
+
+def _check_parts(config: Config) -> None:
+    """Refuse an engine or a source of noise that is not there, or does not go with the rest."""
+    if config.training.engine == "flower" and find_spec("ray") is None:
+        raise UmbelError(
+            "Expected the package ray with training.engine='flower', found none. "
+            "Run pip install -e '.[ray]' in the checkout, or use the in-process engine."
+        )
+    if config.privacy.noise == "discrete":
+        require_opendp()
+    if (config.training.engine, config.run.stores) == ("flower", "memory"):
+        raise UmbelError(
+            "Expected run.stores='files' with training.engine='flower', whose processes share a node's filters through "
+            "its file, got run.stores='memory'. Use files, or the in-process engine."
+        )
 
 
 def with_shape(config: Config, schema: DataSchema, progress: Progress) -> Config:
@@ -232,6 +238,20 @@ def with_shape(config: Config, schema: DataSchema, progress: Progress) -> Config
             f"got model.family='{config.model.family}'. Use --algorithm gradient."
         )
     return config.model_copy(update={"model": config.model.model_copy(update=changes)}) if changes else config
+
+
+def check_noise(
+    config: Config, noise_multiplier: str, delta: float, schema: DataSchema, *, users: int, progress: Progress
+) -> None:
+    """Refuse noise whose rounding to integers would cost too much, and warn where it must drown the signal.
+
+    Raises:
+        UmbelError: If that would not be small beside delta.
+    """
+    size = largest_layout(config, schema.dimension, private=True).size
+    of_one = coordinate_distance(NOISES[config.privacy.noise], noise_multiplier, min(GRID_SCALES))
+    check_delta_fp(float(config.privacy.epsilon), delta, of_one * size * config.training.rounds)
+    warn_of_noise(size, noise_multiplier, users, progress)
 
 
 def warn_of_noise(size: int, noise_multiplier: str, users: int, progress: Progress) -> None:
@@ -448,7 +468,7 @@ def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool
         "paired": {name: paired_difference(ours, held_out) for name, held_out in found.items()},
         "penalties": penalties,
         "curve": curve,
-        "privacy": privacy_section(config, schema),
+        "privacy": privacy_section(config),
         "users": population,
         "data": {"bad_rows_dropped": source.num_bad_rows, "values_clipped": source.num_clipped},
         "users_per_second": population / statistics.median(seconds) if seconds else None,
@@ -460,7 +480,7 @@ def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool
     return results
 
 
-def privacy_section(config: Config, schema: DataSchema) -> dict[str, Any]:
+def privacy_section(config: Config) -> dict[str, Any]:
     """`privacy` of the results, recomputed from the run's own ledger: what the whole ledger has spent."""
     with PrivacyLedger.open(Path(str(config.run.ledger))) as ledger:
         mu, genesis, sampled = ledger.mu_spent, ledger.genesis, ledger.sampled
@@ -469,15 +489,13 @@ def privacy_section(config: Config, schema: DataSchema) -> dict[str, Any]:
     delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
     losses = losses_at([delta], mu=mu, noise_multipliers=None, s=s, sampled=sampled)
     epsilon = losses["epsilon"]
-    private = not is_noiseless(str(config.run.noise_multiplier))
-    size = largest_layout(config, schema.dimension, private=private).size
     reasons = reasons_against(events, genesis["mu_max"])
     return {
         "epsilon": epsilon,
         "delta": delta,
         "mu": None if epsilon is None else mu,
         "replace_one_epsilon": losses["replace_one_epsilon"],
-        "delta_fp": None if epsilon is None else delta_fp(epsilon, size, len(events)),
+        "delta_fp": None if epsilon is None else delta_fp(epsilon, sum(map(distance_of, events))),
         "noise_multiplier": float(str(config.run.noise_multiplier)),
         "rounds": rounds,
         "not_private": bool(reasons),
@@ -526,5 +544,6 @@ def _flat(config: Config) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in dumped.items() for key, value in values.items()}
 
 
-def _absolute(source: str) -> str:
-    return source if source == "synthetic" else str(Path(source).resolve())
+def _absolute_paths(data: DataConfig) -> dict[str, str | None]:
+    paths = {name: getattr(data, name) for name in ("source", "item_features", "catalogue")}
+    return {name: path if path in (None, "synthetic") else str(Path(path).resolve()) for name, path in paths.items()}

@@ -50,7 +50,7 @@ def while_computing(monkeypatch: pytest.MonkeyPatch, *events: Any) -> None:
 
 def test_two_releases_at_once_are_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second sees the filters that the first has filled: one sum and zeros, and no refusal."""
-    service, asker = node(DATA, mu_max=ONCE), Asker(MODEL, noise_multiplier=Z)
+    service, asker = node(DATA, mu_max=ONCE), Asker(MODEL, DATA, noise_multiplier=Z)
     first, second = asker.train(), asker.train()
     totals: dict[str, IntArray] = {}
     other = threading.Thread(target=lambda: totals.update(second=total_of(service, second)))
@@ -69,7 +69,7 @@ def test_two_releases_at_once_are_one_after_the_other(monkeypatch: pytest.Monkey
 def test_what_another_process_spends_meanwhile_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user whose filter filled up in between counts as zeros, the others as ever."""
     path = tmp_path / "node.sqlite"
-    service, asker = node(DATA, store=str(path), mu_max=ONCE), Asker(MODEL, noise_multiplier=Z)
+    service, asker = node(DATA, store=str(path), mu_max=ONCE), Asker(MODEL, DATA, noise_multiplier=Z)
     mask = np.arange(6) == 2
 
     with DeviceStore.open(path, USERS) as elsewhere:
@@ -80,7 +80,7 @@ def test_what_another_process_spends_meanwhile_is_seen(tmp_path: Path, monkeypat
     filled = node(DATA, store=str(tmp_path / "other.sqlite"), mu_max=ONCE)
     with DeviceStore.open(tmp_path / "other.sqlite", USERS) as store:
         store.charge("M", 0, bytes(32), USERS, mask, COST)
-    expected = total_of(filled, Asker(MODEL, noise_multiplier=Z).train())
+    expected = total_of(filled, Asker(MODEL, DATA, noise_multiplier=Z).train())
     filled.close()
     assert total.any()
     assert np.array_equal(total, expected)
@@ -91,7 +91,7 @@ def test_who_is_overtaken_twice_answers_zeros_and_charges_nobody(
 ) -> None:
     """A filter is never a reason to refuse."""
     path = tmp_path / "node.sqlite"
-    service, asker = node(DATA, store=str(path), mu_max=ONCE), Asker(MODEL, noise_multiplier=Z)
+    service, asker = node(DATA, store=str(path), mu_max=ONCE), Asker(MODEL, DATA, noise_multiplier=Z)
     with DeviceStore.open(path, USERS) as elsewhere:
 
         def spend(user: int) -> None:
@@ -107,7 +107,7 @@ def test_who_is_overtaken_twice_answers_zeros_and_charges_nobody(
 def test_a_user_who_raises_while_folding_in_keeps_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others' posteriors are kept, and the node says "done" as ever."""
     path = tmp_path / "node.sqlite"
-    service, asker = node(DATA, store=str(path)), Asker(MODEL)
+    service, asker = node(DATA, store=str(path)), Asker(MODEL, DATA)
     population = service._shard.population
     population.y[population.offsets[3]] = 0.123456
     real = client.shard.form_of

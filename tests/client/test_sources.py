@@ -12,6 +12,7 @@ from common.config import DataConfig, FeatureConfig
 from common.errors import DataError
 from common.model import IntArray
 from common.records import decode
+from common.sealing import SIGNATURE_BYTES
 from tests.asking import Asker, node, total_of
 from tests.populations import draw_model
 
@@ -68,13 +69,14 @@ class Source:
         forget()
         self._path.write_text("\n".join([self._header, *rows]) + "\n")
         fixed = {"source": str(self._path), "target_range": (1.0, 5.0), "test_fraction": 0.0}
-        return DataConfig(**(fixed | self._declared | changes))
+        self._last = DataConfig(**(fixed | self._declared | changes))
+        return self._last
 
     def total(self, rows: Sequence[str]) -> IntArray:
         """What a node with these rows answers on the finest grid, and that it names as many users as rows do."""
         service = node(self.config(rows))
-        assert decode(service.identity())[0]["users"] == len({row.split(",")[0] for row in rows})
-        return total_of(service, Asker(MODEL).train())
+        assert decode(service.identity(b"")[:-SIGNATURE_BYTES])[0]["users"] == len({row.split(",")[0] for row in rows})
+        return total_of(service, Asker(MODEL, self._last).train())
 
     def with_eve(self, rows: Sequence[str]) -> list[str]:
         """Everybody's rows, hers among the others'."""

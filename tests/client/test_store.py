@@ -1,5 +1,7 @@
 """What a node keeps survives whatever happens to the node, and nothing else does."""
 
+import fcntl
+import hmac
 import os
 import shutil
 import sqlite3
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from client import store_file
 from client.store import FULL, NOTHING_ACKNOWLEDGED, DeviceStore
+from client.transient import TransientStore
 from common.errors import Refused, StorageError, UmbelError
 from common.model import PersonalState, SharedModel
 from privacy.participation import admit
@@ -365,8 +368,13 @@ def test_a_forgotten_user_contributes_nothing_until_enrolled_again_with_the_same
         with pytest.raises(ValueError, match="limit"):
             charge(store, 2, [True, True, False])
         charge(store, 2, [False, True, False])
-    with DeviceStore.open(path, USERS) as store:
+    with DeviceStore.open(path, USERS) as store:  # whose data are still there
+        assert store.forgotten(USERS).tolist() == [True, False, False]
+        assert store.spent(USERS).tolist() == [FULL, 10, 0]
+        store.remember("ada")
+        assert store.forgotten(USERS).tolist() == [False] * 3
         assert store.spent(USERS).tolist() == [5, 10, 0]
+        assert store.contributions(USERS).tolist() == [1, 2, 0]
         assert store.load_states(USERS).found.tolist() == [False, True, True]
         assert store.charged("L", 1, USERS).tolist() == [False, True, False]
         with pytest.raises(Refused):
@@ -636,9 +644,9 @@ def test_a_newer_schema_is_refused_and_left_alone(path):
     """An older program must not touch what it does not understand."""
     DeviceStore.open(path, USERS).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
-    with pytest.raises(UmbelError, match="got version=2"):
+    with pytest.raises(UmbelError, match="got version=3"):
         DeviceStore.open(path, USERS)
     assert store_file.set_aside_files(path) == []
 
@@ -647,3 +655,222 @@ def test_a_folder_that_is_missing_is_a_storage_error(tmp_path):
     """What the file system says becomes our error with a remedy."""
     with pytest.raises(StorageError, match="Check the disk"):
         DeviceStore.open(tmp_path / "missing" / "device.db", USERS)
+
+
+VERSION_1 = """
+PRAGMA application_id = 1970102833;
+PRAGMA user_version = 1;
+CREATE TABLE device (
+    key BLOB NOT NULL CHECK (length(key) = 32),
+    new_user_spent INTEGER NOT NULL,
+    erasing INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE users (
+    id INTEGER PRIMARY KEY,
+    tag BLOB NOT NULL UNIQUE CHECK (length(tag) = 32),
+    spent INTEGER NOT NULL CHECK (typeof(spent) = 'integer' AND spent BETWEEN 0 AND 4611686018427387904),
+    forgotten INTEGER NOT NULL DEFAULT 0
+);
+CREATE TRIGGER a_filter_never_goes_down BEFORE UPDATE OF spent ON users WHEN NEW.spent < OLD.spent
+BEGIN SELECT RAISE(ABORT, 'a filter never goes down'); END;
+CREATE TRIGGER a_filter_outlives_its_user BEFORE DELETE ON users
+BEGIN SELECT RAISE(ABORT, 'a filter outlives its user'); END;
+CREATE TABLE ledgers (
+    id INTEGER PRIMARY KEY,
+    ledger_id TEXT NOT NULL UNIQUE,
+    sequence INTEGER NOT NULL CHECK (sequence >= 0),
+    head BLOB NOT NULL CHECK (length(head) = 32)
+);
+CREATE TABLE charges (
+    ledger_id TEXT NOT NULL,
+    sequence INTEGER NOT NULL,
+    cost INTEGER NOT NULL CHECK (cost > 0),
+    charged BLOB NOT NULL,
+    PRIMARY KEY (ledger_id, sequence)
+);
+CREATE TABLE states (
+    user INTEGER PRIMARY KEY REFERENCES users (id),
+    rank INTEGER NOT NULL,
+    sparsity INTEGER NOT NULL,
+    model_digest BLOB NOT NULL,
+    record BLOB NOT NULL
+);
+"""
+
+
+def make_version_1(path):
+    """A store as version 1 left it: ada contributed to two releases, ben to one, cid was forgotten; none has a key."""
+    key = bytes(32)
+    tags = [hmac.digest(key, user.encode(), "sha256") for user in USERS]
+    connection = sqlite3.connect(path)
+    connection.executescript(VERSION_1)
+    connection.execute("INSERT INTO device VALUES (?, 0, 0)", (key,))
+    rows = zip(tags, (10, 5, 5), (0, 0, 1), strict=True)
+    connection.executemany("INSERT INTO users (tag, spent, forgotten) VALUES (?, ?, ?)", rows)
+    connection.execute("INSERT INTO ledgers VALUES (1, 'L', 7, ?)", (HEAD,))
+    charged = [("L", 3, 5, bytes([0b010])), ("L", 7, 5, bytes([0b110]))]
+    connection.executemany("INSERT INTO charges VALUES (?, ?, ?, ?)", charged)
+    record = np.arange(2 + 2 + 1 + 6, dtype="<f8").tobytes()
+    connection.execute("INSERT INTO states VALUES (1, 2, 1, ?, ?)", (DIGEST, record))
+    connection.commit()
+    connection.close()
+    path.chmod(0o600)
+
+
+def is_as_version_1_left_it(store):
+    """That nothing was lost and counts follow from the records."""
+    assert store.spent(USERS).tolist() == [10, 5, FULL]
+    assert store.contributions(USERS).tolist() == [2, 1, 2]  # cid, in no record any more, may have been in all
+    assert store.acknowledged("L") == (7, HEAD)
+    assert store.trusted_key("L") is None
+    assert store.charged("L", 7, USERS).tolist() == [True, True, False]
+
+
+def test_a_store_of_version_1_is_migrated_in_place(path):
+    """Filters, answers and states stay; the number of contributions is counted from the answers."""
+    make_version_1(path)
+    for _ in range(2):
+        with DeviceStore.open(path, USERS) as store:
+            is_as_version_1_left_it(store)
+            assert store.load_states(USERS).found.tolist() == [True, False, False]
+    assert store_file.set_aside_files(path) == []
+    with DeviceStore.open(path, USERS) as store:
+        charge(store, 8, [True, False, False], public_key=b"k" * 32)
+        store.save_model(DIGEST, b"model")
+        assert store.contributions(USERS).tolist() == [3, 1, 2]
+        assert store.trusted_key("L") == b"k" * 32
+
+
+def test_a_migration_that_is_cut_short_is_done_again(path, monkeypatch):
+    """It is one transaction: the file is of version 1 or of version 2."""
+    make_version_1(path)
+    statements = list(store_file._statements(store_file._FROM_VERSION_1))
+    for stop in range(len(statements)):
+        monkeypatch.setattr(store_file, "_statements", lambda _, stop=stop: [*statements[:stop], "no SQL"])
+        with pytest.raises(StorageError):
+            DeviceStore.open(path, USERS)
+    monkeypatch.undo()
+    with DeviceStore.open(path, USERS) as store:
+        is_as_version_1_left_it(store)
+
+
+def test_a_store_of_version_1_is_not_migrated_under_a_program_that_uses_it(path):
+    """The older program would not count contributions."""
+    make_version_1(path)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with pytest.raises(StorageError, match="older program"):
+            DeviceStore.open(path, USERS)
+    with DeviceStore.open(path, USERS) as store:
+        is_as_version_1_left_it(store)
+
+
+def test_a_damaged_store_of_version_1_is_salvaged(path):
+    """What the migration would have counted is counted from the damaged file."""
+    make_version_1(path)
+    path.rename(path.with_name("device.db.corrupt-1"))
+    with DeviceStore.open(path, USERS) as store:
+        assert store.spent(USERS).tolist() == [10, 5, FULL]
+        assert store.contributions(USERS[:2]).tolist() == [2, 1]
+        assert store.acknowledged("L") == (7, HEAD)
+
+
+def test_contributions_are_counted_with_the_mask_and_limited(store):
+    """Whoever contributed often enough cannot be charged again, and then nobody is."""
+    charge(store, 1, [True, False, True])
+    charge(store, 2, [True, False, False], max_contributions=2)
+    assert store.contributions(USERS).tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match="limits"):
+        charge(store, 3, [True, True, False], max_contributions=2)
+    assert store.contributions(USERS).tolist() == [2, 0, 1]
+    assert store.spent(USERS).tolist() == [10, 0, 5]
+
+
+def test_the_count_of_contributions_survives_damage(path):
+    """It is a witness of its own, and the records are another."""
+    with DeviceStore.open(path, USERS) as store:
+        charge(store, 1, [True, False, True], public_key=b"k" * 32)
+    path.rename(path.with_name("device.db.corrupt-1"))
+    with DeviceStore.open(path, USERS) as store:
+        assert store.contributions(USERS).tolist() == [1, 0, 1]
+        assert store.trusted_key("L") == b"k" * 32
+
+
+@pytest.mark.parametrize("statement", ["UPDATE users SET contributions = contributions - 1", "DELETE FROM users"])
+def test_the_file_itself_refuses_to_lower_a_count(path, statement):
+    """Whoever writes to the file with other tools cannot give a user more contributions either."""
+    with DeviceStore.open(path, USERS) as store:
+        charge(store, 1, [True, True, True])
+    connection = sqlite3.connect(path)
+    with pytest.raises(sqlite3.IntegrityError):
+        connection.execute(statement)
+    connection.close()
+
+
+def test_the_key_in_force_is_kept_with_the_line_that_named_it(store):
+    """A message that names no key leaves the one that is known, and a refused one changes nothing."""
+    assert store.trusted_key("L") is None
+    store.acknowledge("L", 3, HEAD, public_key=b"a" * 32)
+    store.acknowledge("L", 4, HEAD)
+    assert store.trusted_key("L") == b"a" * 32
+    with pytest.raises(Refused):
+        store.acknowledge("L", 3, HEAD, public_key=b"b" * 32)
+    assert store.trusted_key("L") == b"a" * 32
+    charge(store, 5, [True] * 3, public_key=b"c" * 32)
+    assert store.trusted_key("L") == b"c" * 32
+    assert store.trusted_key("M") is None
+
+
+def test_models_are_kept_as_long_as_a_state_refers_to_them(store):
+    """The newest stays in any case: it answers for whoever has no state."""
+    digests = [bytes([i]) * 32 for i in range(4)]
+    assert store.load_model() is None
+    for i, digest in enumerate(digests):
+        store.save_model(digest, b"model %d" % i)
+        if i == 1:
+            store.save_states(["ada"], random_state(1), digest)
+    assert [store.load_model(digest) for digest in digests] == [None, b"model 1", None, b"model 3"]
+    assert store.load_model() == b"model 3"
+    store.save_model(digests[1], b"model 1")
+    assert store.load_model() == b"model 1"
+
+
+def test_there_are_as_many_places_as_the_registry_has(path):
+    """Users who are known keep theirs, new ones take what is free in their order, and the rest have none."""
+    with DeviceStore.open(path, ()) as store:
+        assert store.enrol(["ada", "ben"], slots=3).tolist() == [True, True]
+        assert store.enrol(["dan", "eve", "ada"], slots=3).tolist() == [True, False, True]
+        store.forget("ada")  # whose place stays
+        assert store.enrol(["eve", "ben", "ada"], slots=3).tolist() == [False, True, True]
+        assert store.forgotten(["ben", "ada"]).tolist() == [False, True]
+        assert store.num_places() == 3
+        assert store.known(["eve", "ada"]).tolist() == [False, True]
+    with DeviceStore.open(path, ()) as store:
+        assert store.enrol(["eve", "dan", "ben"], slots=2).tolist() == [False, False, True]
+        assert store.enrol(["eve", "dan", "ben"], slots=4).tolist() == [True, True, True]
+
+
+def test_what_another_process_writes_is_noticed(path):
+    """Its own writing is no news to a store."""
+    with DeviceStore.open(path, USERS) as store, DeviceStore.open(path, USERS) as other:
+        store.changed_elsewhere()
+        charge(store, 1, [True, True, True])
+        assert not store.changed_elsewhere()
+        other.forget("ada")
+        assert store.changed_elsewhere()
+        assert not store.changed_elsewhere()
+        store.save_states(USERS, random_state(3), DIGEST)
+        assert store.load_states(USERS).found.tolist() == [False, True, True]
+
+
+def test_a_simulations_memory_has_the_same_places_counts_and_keys():
+    """Whatever stands in for the store says the same of places, contributions and keys."""
+    store = TransientStore(())
+    assert store.enrol(["ada", "ben"], slots=3).tolist() == [True, True]
+    assert store.enrol(["dan", "eve", "ada"], slots=3).tolist() == [True, False, True]
+    store.charge("L", 0, HEAD, ["dan", "ada"], np.array([True, False]), 5, public_key=b"k" * 32)
+    assert store.contributions(["ada", "dan"]).tolist() == [0, 1]
+    assert store.spent(["dan", "ben", "ada"]).tolist() == [5, 0, 0]
+    with pytest.raises(ValueError, match="limits"):
+        store.charge("L", 1, HEAD, ["dan"], np.array([True]), 5, max_contributions=1)
+    assert (store.trusted_key("L"), store.num_places()) == (b"k" * 32, 3)

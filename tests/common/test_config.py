@@ -102,7 +102,7 @@ def test_the_keys_are_the_sections_of_the_design() -> None:
     assert {key.split(".")[0] for key in valid_keys()} == {"data", "model", "training", "amht", "privacy", "run"}
     assert "data.synthetic.users" in valid_keys()
     private = {"epsilon", "delta", "ledger_epsilon", "max_nodes_per_user", "clipping", "seed", "max_users_per_node"}
-    private |= {"sampling_probability"}
+    private |= {"sampling_probability", "noise"}
     assert {key.split(".")[1] for key in valid_keys() if key.startswith("privacy.")} == private
 
 

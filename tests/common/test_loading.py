@@ -416,11 +416,11 @@ def test_a_folder_of_something_else_lists_what_was_looked_for(tmp_path: Path, na
 
 
 def test_formats_and_families_that_do_not_fit_a_folder_are_named(tmp_path: Path) -> None:
-    """A folder is no table, and ratings from 1 to 5 are no yes and no."""
+    """A folder of tables has to be declared, and ratings from 1 to 5 are no yes and no."""
     config = movielens_folder(tmp_path)
     with pytest.raises(DataError, match=r"Expected model\.family='squared'"):
         load(config, "logistic")
-    with pytest.raises(DataError, match=r"Expected a file for data\.format='table'"):
+    with pytest.raises(DataError, match=r"Expected data\.features"):
         load(config.model_copy(update={"format": "table"}))
 
 

@@ -13,6 +13,7 @@ from common.errors import DataError
 from common.tables import (
     Check,
     Layout,
+    NoRows,
     _connect,
     as_numbers,
     as_texts,
@@ -213,3 +214,33 @@ def test_bad_rows_are_named_once_with_their_first_problem(tmp_path: Path) -> Non
         "t.csv, row 4, column 'b': Expected a finite number.",
     ]
     assert len(describe_bad_rows(cells, checks, limit=1)) == 1
+
+
+def test_files_of_a_folder_are_one_table(tmp_path: Path) -> None:
+    """In the order of their names, whatever the order of their columns; what is not a table is left alone."""
+    (tmp_path / "2.csv").write_text("y,user\n2,b\n")
+    (tmp_path / "1.csv").write_text("user,y\na,1\na,3\n")
+    (tmp_path / "3.csv").write_text("user,y\n")
+    (tmp_path / "4.csv").write_bytes(b"user,y\n\xff,1\n")
+    (tmp_path / ".5.csv").write_text("user,y\nhidden,1\n")
+    (tmp_path / "6.csv.part").write_text("user,y\nhalf")
+    cells = read_cells(tmp_path, ["user", "y"])
+    assert list(cells.columns["user"]) == ["a", "a", "b"]
+    assert list(cells.columns["y"]) == ["1", "3", "2"]
+    assert cells.rows.tolist() == [2, 3, 2]
+    assert cells.unread == ("4.csv: Expected text in UTF-8, got other bytes. Convert the file.",)
+    assert column_names(tmp_path) == ("user", "y")
+
+
+def test_a_folder_without_a_row_holds_no_data_and_one_of_several_kinds_is_a_mistake(tmp_path: Path) -> None:
+    """The former is nobody's, the latter its operator's."""
+    for prepare in (lambda: None, lambda: (tmp_path / "1.csv").write_text("user,y\n")):
+        prepare()
+        with pytest.raises(NoRows):
+            read_cells(tmp_path, ["user", "y"])
+    (tmp_path / "2.csv").write_text("user\na\n")
+    with pytest.raises(DataError, match=r"2\.csv: Expected one column 'y'"):
+        read_cells(tmp_path, ["user", "y"])
+    (tmp_path / "3.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="files of one kind"):
+        read_cells(tmp_path, ["user", "y"])
