@@ -1,5 +1,7 @@
 """The ServerApp: Flower's messages in and out of the round loop, and nothing else."""
 
+import contextlib
+import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,16 +9,18 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from common import wire
-from common.errors import Refused, UmbelError
+from common import logs, wire
+from common.errors import Refused, StorageError, UmbelError
+from common.files import write_durably
 from privacy.keys import load_key
 from privacy.ledger import PrivacyLedger
 from server.registry import load_registry
 from server.replies import Answer
-from server.settings import load_run
+from server.settings import RunFolder, load_run
 from server.training import train
 
 _POLL_SECONDS = 0.1
+_FINE, _DEFECT, _INTERRUPTED = 0, 1, 130
 
 app = ServerApp()
 
@@ -24,13 +28,50 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train the run whose folder the run configuration names."""
+    logs.configure()
     root = str(context.run_config.get("run-folder", ""))
     if not root:
         raise UmbelError("Expected run-folder in the run configuration to name the run's folder, got none.")
-    settings = load_run(Path(root))
+    folder = RunFolder(root=Path(root))
+    try:
+        _run(folder, grid)
+    except BaseException as error:
+        # The run's own error is what counts, also where its disk takes no more of them.
+        with contextlib.suppress(StorageError):
+            _write_outcome(folder, context.run_id, error)
+        raise
+    _write_outcome(folder, context.run_id, None)
+
+
+def _run(folder: RunFolder, grid: Grid) -> None:
+    settings = load_run(folder.root)
     key = load_key(settings.place.key)
     with PrivacyLedger.open(settings.place.ledger, key=key) as ledger:
         train(settings, ledger, load_registry(settings.folder.registry), FlowerNodes(grid), key.sign)
+
+
+def _write_outcome(folder: RunFolder, run_id: int, error: BaseException | None) -> None:
+    """How it ended, for whoever follows the run: Flower tells only part of it.
+
+    The text of an error that is not one of ours could hold anything, and stays in the server's log.
+    """
+    match error:
+        case None:
+            code = _FINE
+        case UmbelError():
+            code = error.exit_code
+        case KeyboardInterrupt() | SystemExit():
+            code = _INTERRUPTED
+        case _:
+            code = _DEFECT
+    outcome = {
+        "error": None if error is None else type(error).__name__,
+        "message": str(error) if isinstance(error, UmbelError) else None,
+        "code": error.code if isinstance(error, Refused) else None,
+        "exit_code": code,
+        "flower_run_id": str(run_id),
+    }
+    write_durably(folder.outcome, json.dumps(outcome).encode() + b"\n")
 
 
 class FlowerNodes:

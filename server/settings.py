@@ -66,6 +66,11 @@ class RunFolder:
         return self.release / "metrics.jsonl"
 
     @property
+    def outcome(self) -> Path:
+        """How the ServerApp ended, of its last start."""
+        return self.root / "outcome.json"
+
+    @property
     def evaluation(self) -> Path:
         """What a simulation computes from raw data: not to be published."""
         return self.root / "evaluation"
@@ -131,7 +136,7 @@ def load_run(root: Path) -> RunSettings:
     if config.run.name is None or config.run.noise_multiplier is None or config.run.ledger is None:
         raise UmbelError(
             f"Expected {folder.config} with run.name, run.ledger and run.noise_multiplier, got one without. "
-            "Start runs with `umbel simulate`."
+            "Start runs with `umbel simulate` or `umbel train`."
         )
     return RunSettings(
         run=config.run.name,

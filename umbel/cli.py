@@ -20,6 +20,7 @@ import click
 import typer
 
 from common.errors import BudgetExhausted, UmbelError
+from umbel import cli_federation, cli_ledger, cli_node, cli_provision
 from umbel.characters import spell_out
 from umbel.commands import Format, FormatOption, PlainCommand, print_json
 
@@ -62,8 +63,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="Look into a privacy ledger.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(ledger_app, name="ledger")
+app.add_typer(cli_ledger.commands, name="ledger")
+app.add_typer(cli_federation.commands)
+app.add_typer(cli_node.commands)
+app.add_typer(cli_provision.commands)
 
 
 def main() -> None:
@@ -197,6 +200,7 @@ def simulate(
     sampling_probability: Annotated[
         str | None, typer.Option(help="Each device tosses a coin in each round; on a ledger of its own.")
     ] = None,
+    noise: Annotated[str | None, typer.Option(help="rounded or discrete Gaussians; the latter by OpenDP.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fix the privacy noise, for tests: NOT PRIVATE.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="The population's ledger; by default one in the run.")] = None,
     out: Annotated[Path | None, typer.Option(help="New run folder; by default runs/<time>.")] = None,
@@ -237,6 +241,7 @@ def simulate(
             "privacy.delta": delta,
             "privacy.ledger_epsilon": ledger_epsilon,
             "privacy.sampling_probability": sampling_probability,
+            "privacy.noise": noise,
             "privacy.seed": seed,
             "run.ledger": ledger,
             "run.out": out,
@@ -388,8 +393,11 @@ def audit(
         list[float] | None, typer.Option(help="Recompute epsilon for this delta; may be given several times.")
     ] = None,
     all_signatures: Annotated[bool, typer.Option("--all-signatures", help="Check every line's signature.")] = False,
+    require_model: Annotated[
+        bool, typer.Option("--require-model", help="Fail where the model cannot be recomputed.")
+    ] = False,
     empirical: Annotated[
-        bool, typer.Option("--empirical", help="Also attack the run's mechanism with made-up users.")
+        bool, typer.Option("--empirical", help="Also attack the run's mechanism with made-up users; writes that down.")
     ] = False,
     canaries: Annotated[int | None, typer.Option(help="How many made-up users, by default 1000.")] = None,
     threat: Annotated[
@@ -410,6 +418,7 @@ def audit(
         anchor=anchor,
         deltas=delta or (),
         all_signatures=all_signatures,
+        require_model=require_model,
         attack=attack if empirical else None,
     )
     if output is Format.JSON:
@@ -419,37 +428,3 @@ def audit(
 
         (show_audit if len(targets) == 1 else show_audit_together)(document)
     raise typer.Exit(document["exit_code"])
-
-
-@ledger_app.command("show", epilog="Example: umbel ledger show runs/first --format json", cls=PlainCommand)
-def ledger_show(
-    path: Annotated[Path, typer.Argument(help="A ledger, or a run folder.")],
-    run: Annotated[str | None, typer.Option("--run", help="Only the rounds of this run.")] = None,
-    output: FormatOption = Format.TEXT,
-) -> None:
-    """Show budget, spending and every charged round."""
-    from umbel.auditing import ledger_contents
-
-    contents = ledger_contents(path, run)
-    if output is Format.JSON:
-        print_json(contents)
-    else:
-        from umbel.console import show_ledger
-
-        show_ledger(contents)
-
-
-@ledger_app.command("head", epilog="Example: umbel ledger head ml-1m.jsonl > remembered-head.txt", cls=PlainCommand)
-def ledger_head(
-    path: Annotated[Path, typer.Argument(help="A ledger, or a run folder.")],
-    output: FormatOption = Format.TEXT,
-) -> None:
-    """Print the head, to remember for `umbel audit --anchor`."""
-    from umbel.auditing import ledger_contents
-
-    head = ledger_contents(path)["head"]
-    if output is Format.JSON:
-        sequence, _, digest = head.partition(":")
-        print_json({"sequence": int(sequence), "head": digest})
-    else:
-        print(head)  # noqa: T201
