@@ -21,7 +21,10 @@ from unittest import mock
 
 import pytest
 from cryptography.exceptions import InvalidSignature
+from pydantic import BaseModel
 
+from client.guard import Policy
+from client.settings import NodeSettings
 from common.config import Config, load_config, valid_keys
 from common.errors import REFUSALS
 from common.loading import load
@@ -170,6 +173,46 @@ def test_every_key_is_documented() -> None:
             assert tomllib.loads(f"default = {cell.strip('`')}")["default"] == reduce(getitem, key.split("."), defaults)
 
 
+def test_every_setting_of_a_node_is_documented() -> None:
+    """The table of docs/device.md has every key of node.toml, those of [policy] included, no other, and its default."""
+    page = (ROOT / "docs" / "device.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z_.]+)` \| (.*?) \| (.+) \|$", page, re.MULTILINE)
+    expected = {}
+    for name, field in NodeSettings.model_fields.items():
+        key = field.alias or name
+        if isinstance(field.default, BaseModel):
+            defaults = Policy.__dataclass_fields__
+            expected |= {f"{key}.{limit}": defaults[limit].default for limit in type(field.default).model_fields}
+        else:
+            expected[key] = "required" if field.is_required() else field.default
+    assert sorted(key for key, _, _ in rows) == sorted(expected)
+    for key, cell, _ in rows:
+        if cell in ("required", "follows"):
+            assert expected[key] == "required", key
+        elif cell == "unset":
+            assert expected[key] is None, key
+        else:
+            default = tomllib.loads(f"default = {cell.strip('`')}")["default"]
+            assert (tuple(default) if isinstance(default, list) else default) == expected[key], key
+
+
+def test_every_refusal_is_explained_to_operators() -> None:
+    """The table of docs/deploy.md has every public code with its words, and something to do about it."""
+    page = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z_]+)` \| ([A-Z][^|]*\.) \| (.+) \|$", page, re.MULTILINE)
+    assert {code: meaning for code, meaning, _ in rows} == dict(REFUSALS)
+    assert len(rows) == len(REFUSALS)
+
+
+def test_every_metric_is_documented() -> None:
+    """docs/deploy.md names all metrics of the exporter."""
+    source = (ROOT / "server" / "metrics.py").read_text("utf-8")
+    page = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+    names = set(re.findall(r'"(umbel_\w+)"', source))
+    assert len(names) > 15
+    assert {name for name in names if not re.search(rf"`{name}(_total)?[`{{ ]", page)} == set()
+
+
 def test_examples_of_inputs_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each configuration of docs/configuration.md reads the files shown before it, and loses no row of them."""
     monkeypatch.chdir(tmp_path)
@@ -285,7 +328,7 @@ def test_the_pages_verifier_holds_the_owner_to_the_rules(
         ("COMMIT", {"reserve": reserve.sequence, "release_digest": "0" * 64}, last.head),
         ("START", run_again, last.head),
         ("START", {**run_again, "run": "a third"}, reserve.head),
-        ("RESTORE", {}, last.head),
+        ("RESTORE", {"lost": 1, "noise_multiplier": "1", "recovery_signature": "0" * 128}, last.head),
     ):
         raw = signed_line(sequence=last.sequence + 1, kind=kind, body=body, previous=previous, time=last.time, key=key)
         copy.write_bytes(good + raw + b"\n")
