@@ -32,7 +32,7 @@ from client.work import contribution_to, personal_state, shard_for
 from common.errors import Refused
 from common.families import FAMILIES
 from common.model import IntArray, PersonalState, SharedModel
-from common.records import Contribution, encode
+from common.records import PROTOCOL_VERSION, Contribution, encode
 from common.sealing import enclose, introduce
 from common.task import Task
 from privacy.keys import load_key
@@ -97,7 +97,8 @@ class NodeService:
 
     def identity(self, challenge: bytes) -> bytes:
         """The node's name and how many users it hosts, as the server's registry has them, signed for this challenge."""
-        record = encode({"name": self._name, "users": self._residents.num_places}, {})
+        header = {"protocol": PROTOCOL_VERSION, "name": self._name, "users": self._residents.num_places}
+        record = encode(header, {})
         return introduce(record, challenge=challenge, sign=self._sign)
 
     def contribute(self, payload: bytes, signature: bytes) -> bytes:
@@ -209,7 +210,7 @@ class NodeService:
             self._store.acknowledge(
                 broadcast.ledger_id, accepted.sequence, accepted.head, public_key=accepted.public_key
             )
-        return encode({"acknowledged": accepted.sequence}, {})
+        return encode({"protocol": PROTOCOL_VERSION, "acknowledged": accepted.sequence}, {})
 
     def _keep_states(self, accepted: Accepted, model_digest: bytes) -> None:
         broadcast, model = accepted.broadcast, accepted.broadcast.model

@@ -19,6 +19,8 @@ from common.model import Array, IntArray, SharedModel
 
 PROTOCOL_VERSION = 1
 _MAGIC = b"umbel\x00\x00\x01"
+_LONGEST_HEADER = 2**22  # two ledger lines at their longest, and thousands of KEY lines
+_MOST_DIMENSIONS = 4
 _DTYPES: dict[str, np.dtype[Any]] = {"<f8": np.dtype("<f8"), "<i8": np.dtype("<i8"), "|u1": np.dtype("|u1")}
 
 
@@ -45,14 +47,16 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     """
     try:
         (length,) = struct.unpack_from("<I", data, len(_MAGIC))
+        if length > _LONGEST_HEADER:  # of bytes that nobody may have signed yet
+            raise ValueError(f"Expected a header of at most {_LONGEST_HEADER} bytes, got {length}.")
         start = len(_MAGIC) + 4
         text = data[start : start + length]
         parsed = json.loads(text)
         arrays: dict[str, npt.NDArray[Any]] = {}
         position = start + length
         for name, (dtype, shape) in parsed["arrays"].items():
-            count = math.prod(shape)
-            values: npt.NDArray[Any] = np.frombuffer(data, _DTYPES[str(dtype)], int(count), int(position))
+            count = _entries(shape, len(data))
+            values: npt.NDArray[Any] = np.frombuffer(data, _DTYPES[str(dtype)], count, position)
             arrays[str(name)] = values.reshape(shape)
             position += values.nbytes
         header = parsed["header"]
@@ -61,6 +65,29 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError, OverflowError):
         pass
     raise Refused("malformed", f"Expected one canonical record, got {len(data)} bytes that are not.")
+
+
+def _entries(shape: Any, most: int) -> int:
+    """How many numbers an array of this shape has; a product of many long integers would take hours.
+
+    Raises:
+        ValueError: If it is no shape of an array that fits into `most` bytes.
+    """
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"Expected a shape of at most {_MOST_DIMENSIONS} sides.")
+    if not all(type(side) is int and 0 <= side <= most for side in shape):
+        raise ValueError(f"Expected sides of at most {most}.")
+    return math.prod(shape)
+
+
+def check_protocol(header: Mapping[str, Any]) -> None:
+    """Check the version that every message states.
+
+    Raises:
+        Refused: With code `protocol`, if it is another.
+    """
+    if header.get("protocol") != PROTOCOL_VERSION:
+        raise Refused("protocol", f"Expected protocol={PROTOCOL_VERSION}, got {header.get('protocol')!r}.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,8 +155,7 @@ class Broadcast:
     def decode(cls, data: bytes) -> "Broadcast":
         """Inverse of `encode`; `Refused` with code `malformed` or `protocol` where it has none."""
         header, arrays = decode(data)
-        if header.get("protocol") != PROTOCOL_VERSION:
-            raise Refused("protocol", f"Expected protocol={PROTOCOL_VERSION}, got {header.get('protocol')!r}.")
+        check_protocol(header)
         try:
             model = SharedModel(
                 beta=arrays["beta"],
@@ -181,13 +207,19 @@ class Contribution:
 
     def encode(self) -> bytes:
         """Canonical bytes."""
-        header = {"ledger_id": self.ledger_id, "sequence": self.sequence, "acknowledged": self.acknowledged}
+        header = {
+            "protocol": PROTOCOL_VERSION,
+            "ledger_id": self.ledger_id,
+            "sequence": self.sequence,
+            "acknowledged": self.acknowledged,
+        }
         return encode(header, {"total": self.total})
 
     @classmethod
     def decode(cls, data: bytes) -> "Contribution":
-        """Inverse of `encode`; `Refused` with code `malformed` where it has none."""
+        """Inverse of `encode`; `Refused` with code `malformed` or `protocol` where it has none."""
         header, arrays = decode(data)
+        check_protocol(header)
         try:
             return cls(
                 ledger_id=str(header["ledger_id"]),

@@ -20,6 +20,9 @@ from server.settings import RunFolder, load_run
 from server.training import train
 
 _POLL_SECONDS = 0.1
+_ON_THE_WAY_SECONDS = 10.0
+"""How much longer than it is waited for a message lives: one whose time is over before a busy SuperLink has read it is
+an error there, and would end the run."""
 _FINE, _DEFECT, _INTERRUPTED = 0, 1, 130
 
 app = ServerApp()
@@ -90,7 +93,8 @@ class FlowerNodes:
         """One message to each node; yields what comes back in time, mapped by the message it answers."""
         until = time.monotonic() + timeout
         messages = [
-            wire.request(payload, signature, node_id=node_id, action=action, ttl=timeout) for node_id in node_ids
+            wire.request(payload, signature, node_id=node_id, action=action, ttl=timeout + _ON_THE_WAY_SECONDS)
+            for node_id in node_ids
         ]
         receivers = [message.metadata.dst_node_id for message in messages]
         # an error's source can be SuperLink, so a reply is known by the message that it answers

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from common.errors import Refused, StorageError, UmbelError, VerificationError
 from common.model import IntArray
-from common.records import Contribution, decode
+from common.records import Contribution, check_protocol, decode
 from common.sealing import SIGNATURE_BYTES, SealingKey, disclose
 from privacy.layout import Layout, sum_is_possible
 from server.registry import RegisteredNode
@@ -102,6 +102,7 @@ def identity_in(answer: Answer) -> tuple[str, int]:
     if answer.payload is None:
         raise Refused(answer.code or "error", "Expected an answer, got a refusal.")
     header, _ = decode(answer.payload[:-SIGNATURE_BYTES])
+    check_protocol(header)
     try:
         return str(header["name"]), int(header["users"])
     except (KeyError, TypeError, ValueError) as error:

@@ -24,7 +24,7 @@ from common.config import Config, load_config
 from common.data import DataSchema, Population, partition
 from common.files import unpack, write_durably
 from common.model import IntArray
-from common.records import Broadcast, Contribution, encode
+from common.records import PROTOCOL_VERSION, Broadcast, Contribution, encode
 from common.sealing import SealingKey, disclose, enclose, introduce
 from privacy.layout import Layout
 from privacy.ledger import PrivacyLedger
@@ -105,11 +105,13 @@ def configuration(root: Path, **overrides: Any) -> Config:
         "training.rounds": 2,
         "training.nodes": 2,
         "training.round_timeout": 60.0,
-        "training.startup_timeout": 1.0,
         "privacy.epsilon": "none",
         "privacy.seed": 0,
     }
-    return load_config(None, defaults | {key.replace("__", "."): value for key, value in overrides.items()})
+    given = {key.replace("__", "."): value for key, value in overrides.items()}
+    if given.get("training.engine") != "flower":  # in this process all nodes are there at once, or never
+        defaults["training.startup_timeout"] = 1.0
+    return load_config(None, defaults | given)
 
 
 def prepare(config: Config, noise_multiplier: str | None = None) -> Config:
@@ -180,7 +182,8 @@ def run_answers(config: Config, answers: Answers, *, users_per_node: int) -> Run
 
 def introduced(name: str, users: int) -> bytes:
     """What a node without a key says when it is asked who it is."""
-    return introduce(encode({"name": name, "users": users}, {}), challenge=b"", sign=None)
+    header = {"protocol": PROTOCOL_VERSION, "name": name, "users": users}
+    return introduce(encode(header, {}), challenge=b"", sign=None)
 
 
 def enclosed(contribution: bytes, broadcast: Broadcast, name: str) -> bytes:

@@ -33,9 +33,9 @@ from umbel.inprocess import InProcessGrid, partitions
 
 # What a node puts into the header and the arrays of its payload, by what it was asked for; a dtype for each array.
 HEADERS = {
-    "query.identity": {"name": str, "users": int},
-    "train.contribute": {"ledger_id": str, "sequence": int, "acknowledged": int},
-    "train.fold_in": {"acknowledged": int},
+    "query.identity": {"protocol": int, "name": str, "users": int},
+    "train.contribute": {"protocol": int, "ledger_id": str, "sequence": int, "acknowledged": int},
+    "train.fold_in": {"protocol": int, "acknowledged": int},
 }
 ARRAYS = {"query.identity": {}, "train.contribute": {"total": "<i8"}, "train.fold_in": {}}
 # What Flower puts around it. The first row repeats the request; the rest is a number of the message, the time, and

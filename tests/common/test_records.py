@@ -217,7 +217,7 @@ def test_a_contribution_comes_back():
     assert read.total.tolist() == [1, -(2**62), 0]
     assert read.total.dtype == np.int64
     with pytest.raises(Refused, match="all its fields"):
-        Contribution.decode(encode({"ledger_id": "x", "sequence": 1, "acknowledged": 1}, {}))
+        Contribution.decode(encode({"protocol": 1, "ledger_id": "x", "sequence": 1, "acknowledged": 1}, {}))
 
 
 def test_only_contributions_carry_user_data():
@@ -232,3 +232,12 @@ def test_only_contributions_carry_user_data():
     assert not hasattr(records, "PersonalState")
     model_fields = {field.name for field in dataclasses.fields(SharedModel)}
     assert model_fields.isdisjoint({"w", "b", "support", "theta", "precision"})
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+def test_a_contribution_of_another_protocol_is_refused(version):
+    """What a node of another version says is not guessed at."""
+    fields = {"ledger_id": "x", "sequence": 1, "acknowledged": 1}
+    with pytest.raises(Refused) as refusal:
+        Contribution.decode(encode(fields | {"protocol": version}, {"total": np.zeros(1, np.int64)}))
+    assert refusal.value.code == "protocol"

@@ -91,7 +91,7 @@ def project(folder: Path, server: str = SERVER) -> Path:
     """A small Flower app with our wire format, in a folder of its own."""
     common = {
         f"common/{name}": (flower_engine.CHECKOUT / "common" / name).read_text("utf-8")
-        for name in ("__init__.py", "errors.py", "wire.py")
+        for name in ("__init__.py", "errors.py", "sealing.py", "wire.py")
     }
     apps = {
         "server/__init__.py": "",

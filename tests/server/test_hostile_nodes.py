@@ -68,7 +68,7 @@ REFUSED = {
     "a deep header": lambda b, s: raw(b"[" * 100_000),
     "no fields": lambda b, s: encode({}, {}),
     "a text for a number": lambda b, s: encode(
-        {"ledger_id": b.ledger_id, "sequence": "x", "acknowledged": 0}, {"total": honest_total()}
+        {"protocol": 1, "ledger_id": b.ledger_id, "sequence": "x", "acknowledged": 0}, {"total": honest_total()}
     ),
     "another ledger": lambda b, s: contribution(b, s, ledger_id="another"),
     "another release": lambda b, s: contribution(b, s - 1),

@@ -166,7 +166,7 @@ def test_what_cannot_be_read_is_named(umbel: Command, tmp_path: Path) -> None:
     )
     fails_in_one_line(umbel("audit", tmp_path / "no.jsonl"), 2, "no.jsonl")
     fails_in_one_line(umbel("audit", empty), 2, "empty.jsonl", "which is empty", "from its owner")
-    fails_in_one_line(umbel("audit", newer), 2, "format 1", "format=7", "newer umbel")
+    fails_in_one_line(umbel("audit", newer), 2, "format 2", "format=7", "newer umbel")
     fails_in_one_line(umbel("ledger", "show", newer), 2, "format=7")
 
 
