@@ -79,7 +79,7 @@ def render(cells: Sequence[Cell], *, text: str | None = None) -> str:
     environment.filters.update(epsilon=shown_epsilon, value=shown_value)
     source = files("benchmarks").joinpath("templates/utility.html.jinja").read_text("utf-8")
     return environment.from_string(source).render(
-        style=_house_style(),
+        style=house_style(),
         light=css_colours(0),
         dark=css_colours(1),
         facts=_facts(cells, problems),
@@ -96,7 +96,7 @@ def render(cells: Sequence[Cell], *, text: str | None = None) -> str:
     )
 
 
-def _house_style() -> Markup:
+def house_style() -> Markup:
     """The style sheet of the privacy report."""
     report = files("privacy").joinpath("templates/report.html.jinja").read_text("utf-8")
     return Markup(report.partition("<style>")[2].partition("</style>")[0])  # noqa: S704 (a file of ours)

@@ -248,6 +248,8 @@ class TrainingConfig(_Section):
         rounds: How many releases.
         algorithm: How the server learns: "gradient" ascent on the users' marginal likelihood, or "amht-lrs",
             alternating minimization as published.
+        start: The run folder or released model that training starts from; by default it starts from public facts alone.
+        start_is_public: The operator says that everybody may have that model, which then may be of any ledger.
         engine: "in-process" (this process) or "flower" (the Flower Simulation Engine).
         nodes: Into how many nodes a simulation splits the users.
         round_timeout: Seconds to wait for replies; a round goes on with whoever answered.
@@ -256,6 +258,8 @@ class TrainingConfig(_Section):
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     algorithm: Algorithm = "gradient"
+    start: str | None = None
+    start_is_public: bool = False
     engine: Literal["in-process", "flower"] = "in-process"
     nodes: Count = 2
     round_timeout: Positive = 600.0

@@ -15,7 +15,7 @@ from common.data import DataSchema
 from common.model import Array, IntArray, SharedModel
 from common.task import Task, Work
 from privacy.layout import Layout, layout_of_event
-from server.initialization import initial_model, prior_noise_variance, regularized_moment
+from server.initialization import initial_model, prior_noise_variance, regularized_moment, widened
 from server.layout import contribution_layout
 from server.least_squares import random_directions
 from server.rounds import ServerState, apply_round, initial_state, public_metric
@@ -29,6 +29,10 @@ from server.statistics import (
 )
 
 State = ServerState | StatisticsState
+
+_STARTED_ELAPSED = 2.0
+"""Noise-weighted steps that a released model is taken to have behind it, so that the first step from it is half of a
+new run's: it has noise of its own, which later releases average out, and they must not put more in its place."""
 
 
 class Algorithm(Protocol):
@@ -60,18 +64,25 @@ class Gradient:
         rank: Columns r of U.
         sparsity: Cap on the nonzeros of b.
         clipping_norm: A public constant, or None to adapt it.
+        start: A released model to start from, of this rank or a smaller one; None for public facts alone.
     """
 
     family: str
     rank: int
     sparsity: int
     clipping_norm: float | None
+    start: SharedModel | None = None
 
     def first_state(self, schema: DataSchema, rng: np.random.Generator) -> ServerState:
         """See `Algorithm`."""
         moment = schema.feature_second_moment
-        model = first_model(schema, self.rank, self.family, rng)
-        return initial_state(model, regularized_moment(moment), self.clipping_norm)
+        state = initial_state(
+            first_model(schema, self.rank, self.family, rng), regularized_moment(moment), self.clipping_norm
+        )
+        if self.start is None:
+            return state
+        # the bounds of its variances stay those around the public first guess
+        return replace(state, model=widened(self.start, self.rank, moment, rng), elapsed=_STARTED_ELAPSED)
 
     def task(self, state: ServerState) -> Task:
         """See `Algorithm`."""
@@ -111,6 +122,7 @@ class AmhtLrs:
         settings: The configuration's.
         rounds: Releases of the whole run, among which sample splitting divides a user's examples.
         clipping_norm: A public constant, or None to adapt it.
+        start: A released model to start from, of this rank or a smaller one, instead of an initialization.
     """
 
     rank: int
@@ -118,11 +130,15 @@ class AmhtLrs:
     settings: AmhtConfig
     rounds: int
     clipping_norm: float | None
+    start: SharedModel | None = None
 
     def first_state(self, schema: DataSchema, rng: np.random.Generator) -> StatisticsState:
         """See `Algorithm`."""
         model = first_model(schema, self.rank, "squared", rng)
-        if self.settings.initialization == "random":
+        if self.start is not None:
+            model = widened(self.start, self.rank, schema.feature_second_moment, rng)
+            U, norm = model.U, first_statistics_norm(model)
+        elif self.settings.initialization == "random":
             U = random_directions(schema.dimension, self.rank, rng)
             norm = first_statistics_norm(model)
         else:
@@ -135,7 +151,7 @@ class AmhtLrs:
         """See `Algorithm`."""
         fold = (state.server_round % self.rounds, self.rounds) if self.settings.sample_splitting else (0, 1)
         task = self.personal_task.model_copy(update={"fold": fold})
-        if state.server_round == 0 and self.settings.initialization != "random":
+        if state.server_round == 0 and self.start is None and self.settings.initialization != "random":
             return task.model_copy(update={"work": "moment", "moment": self.settings.initialization})
         return task.model_copy(update={"work": "statistics"})
 
@@ -165,18 +181,19 @@ class AmhtLrs:
         return Task(family="squared", sparsity=self.sparsity, fitting=self.settings.fitting)
 
 
-def algorithm_of(config: Config) -> Algorithm:
-    """The algorithm that a configuration names."""
+def algorithm_of(config: Config, start: SharedModel | None = None) -> Algorithm:
+    """The algorithm that a configuration names, with the released model that it starts from, if any."""
     model, clipping = config.model, config.privacy.clipping
     norm = None if clipping == "adaptive" else float(clipping)
     if config.training.algorithm == "gradient":
-        return Gradient(family=model.family, rank=model.rank, sparsity=model.sparsity, clipping_norm=norm)
+        return Gradient(family=model.family, rank=model.rank, sparsity=model.sparsity, clipping_norm=norm, start=start)
     return AmhtLrs(
         rank=model.rank,
         sparsity=model.sparsity,
         settings=config.amht,
         rounds=config.training.rounds,
         clipping_norm=norm,
+        start=start,
     )
 
 

@@ -6,7 +6,7 @@ Penalties are chosen on a validation part of the training examples, by the same 
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -131,7 +131,15 @@ def train_model(
 
 
 def learn(users: Users, algorithm: Algorithm, *, mechanism: Mechanism, rng: np.random.Generator) -> SharedModel:
-    """The same training as `server.training`, without messages, ledger and devices.
+    """The last model of `trajectory`."""
+    *_, model = trajectory(users, algorithm, mechanism=mechanism, rng=rng)
+    return model
+
+
+def trajectory(
+    users: Users, algorithm: Algorithm, *, mechanism: Mechanism, rng: np.random.Generator
+) -> Iterator[SharedModel]:
+    """The same training as `server.training`, without messages, ledger and devices: the model before and each round's.
 
     Args:
         users: Who trains.
@@ -141,6 +149,7 @@ def learn(users: Users, algorithm: Algorithm, *, mechanism: Mechanism, rng: np.r
     """
     schema = users.shards[0].schema
     state = algorithm.first_state(schema, rng)
+    yield state.model
     for _ in range(mechanism.rounds):
         task, rank = algorithm.task(state), state.model.rank
         layout = contribution_layout(schema.dimension, rank, private=mechanism.z > 0, work=task.work)
@@ -170,7 +179,7 @@ def learn(users: Users, algorithm: Algorithm, *, mechanism: Mechanism, rng: np.r
             "initialization": task.work == "moment",
         }
         state = algorithm.step(state, noised, event)
-    return state.model
+        yield state.model
 
 
 def personal_theta(users: Users, model: SharedModel, sparsity: int) -> Array:

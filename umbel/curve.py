@@ -33,7 +33,8 @@ def error_curve(settings: RunSettings) -> list[dict[str, Any]]:
     config, run, schema = settings.config, settings.run, settings.schema
     found = verify(Path(str(config.run.ledger)))
     delta, s = float(found.genesis["delta"]), int(found.genesis["max_nodes_per_user"])
-    mu = (0.0, *mu_curve(found.noise_multipliers, s))
+    by_charge, rounds = mu_curve(found.noise_multipliers, s), found.rounds
+    mu = (0.0, *(by_charge[rounds.charged_by(position) - 1] for position in range(len(rounds))))
     # a sampled run is charged as a whole before its first round, with all that others may spend
     whole = None if found.sampled is None else float(found.sampled.amplified_epsilon)
     spent = [epsilon_of_mu(each, delta) if whole is None or each == 0 else whole for each in mu]
@@ -50,7 +51,8 @@ def error_curve(settings: RunSettings) -> list[dict[str, Any]]:
     users, task = users_of(source.train, schema, family), algorithm_of(config).personal_task
     releases = Releases(folder=settings.folder.rounds, run=run)
     points = []
-    for index, model in enumerate(models_of(config, run, releases, found, schema)):
+    start = None if settings.start is None else settings.start.model
+    for index, model in enumerate(models_of(config, run, releases, found, schema, start=start)):
         if index in shown:
             server_round, number = steps[index]
             epsilon = spent[number]

@@ -1,15 +1,15 @@
 """Whether a released model is the one that follows from the committed releases: all steps again, from the first state.
 
-Every step of the server is a function of public things: the configuration and the schema, whose digests are in the
-run's START line, and the noised sums, whose digests are in COMMIT lines. So the model can be recomputed by whoever has
-the run folder, and a model file that was changed is seen though nothing signs it.
+Every step of the server is a function of public things: the configuration, the schema and the model that a run may
+start from, whose digests are in the run's START line, and the noised sums, whose digests are in COMMIT lines. So the
+model can be recomputed by whoever has the run folder, and a model file that was changed is seen though nothing signs
+it.
 """
 
 import json
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,18 +17,19 @@ import numpy as np
 
 from common.config import Config, load_config
 from common.data import DataSchema
-from common.errors import UmbelError
+from common.errors import UmbelError, VerificationError
 from common.files import unpack
 from common.model import SharedModel
 from privacy.audit.findings import Target
 from privacy.audit.releases import Releases
 from privacy.audit.verify import Verification
-from privacy.lines import ZERO_HEAD, extend
+from privacy.lines import heads
 from privacy.promise import reasons_against
 from server.algorithms import algorithm_of
 from server.checkpoint import load_model, load_schema
 from server.initialization import tie_breaker
 from server.settings import RunFolder
+from server.start import read_start
 
 _OF_THE_MOMENT = ("ledger_head", "not_private")
 _TOLERANCE = 1e-6
@@ -65,9 +66,11 @@ def check_model(target: Target, found: Verification) -> ModelCheck:
     released, facts = load_model(folder.model)
     try:
         config, schema = load_config(folder.config), load_schema(folder.schema)
-        (model,) = deque(models_of(config, run, target.releases, found, schema), maxlen=1)
+        start = _start_of(config, folder, found.runs[run]["schedule"])
+        (model,) = deque(models_of(config, run, target.releases, found, schema, start=start), maxlen=1)
     except UmbelError as error:
-        return _not_recomputed(str(error))
+        differs = isinstance(error, VerificationError)
+        return ModelCheck(status="differs" if differs else "not recomputed", reason=str(error))
     except (ValueError, KeyError, IndexError, TypeError):  # what a step says of a layout that is not its own
         return _not_recomputed("this version of umbel does not take the steps of the one that trained it.")
     expected = {
@@ -88,15 +91,44 @@ def check_model(target: Target, found: Verification) -> ModelCheck:
     return ModelCheck(status="differs", reason=reason) if reason else ModelCheck(status="recomputed")
 
 
+def _start_of(config: Config, folder: RunFolder, schedule: Mapping[str, Any]) -> SharedModel | None:
+    """The released model that a run started from; its bytes are those that the audit has compared with START.
+
+    Raises:
+        VerificationError: If START, the configuration and the model do not say the same about it.
+    """
+    said = schedule.get("start")
+    start = None if config.training.start is None else read_start(folder.start)
+    ours = None if start is None else start.in_start_line(is_public=config.training.start_is_public)
+    if json.dumps(said, sort_keys=True) != json.dumps(ours, sort_keys=True):
+        raise VerificationError(f"Expected the start as the START line has it, {said}, got {ours}.")
+    return None if start is None else start.model
+
+
 def _not_recomputed(reason: str) -> ModelCheck:
     return ModelCheck(status="not recomputed", reason=reason)
 
 
 def models_of(
-    config: Config, run: str, releases: Releases, found: Verification, schema: DataSchema
+    config: Config,
+    run: str,
+    releases: Releases,
+    found: Verification,
+    schema: DataSchema,
+    *,
+    start: SharedModel | None = None,
 ) -> Iterator[SharedModel]:
-    """The first model, and the one after every committed release of a run, as `server.training` steps."""
-    algorithm = algorithm_of(config)
+    """The first model, and the one after every committed release of a run, as `server.training` steps.
+
+    Args:
+        config: Of the run.
+        run: Its name in the ledger.
+        releases: Its noised sums.
+        found: The ledger.
+        schema: Of the run's data.
+        start: The released model that the run started from, if it did.
+    """
+    algorithm = algorithm_of(config, start)
     state = algorithm.first_state(schema, tie_breaker(run, config.privacy.seed))
     yield state.model
     for entry in found.rounds.of_run(run):
@@ -176,10 +208,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _sequence_of(ledger: Path, head: str, last: int) -> int | None:
     """The line that leaves the ledger with this head."""
-    current = ZERO_HEAD
     with ledger.open("rb") as lines:
-        for sequence in range(last + 1):
-            current = extend(current, sha256(lines.readline()[:-1]).digest())
+        for sequence, current in heads(lines):
             if current.hex() == head:
                 return sequence
+            if sequence == last:
+                break
     return None

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.initialization import initial_model, prior_noise_variance, regularized_moment
+from common.model import SharedModel
+from server.initialization import initial_model, prior_noise_variance, regularized_moment, widened
 
 
 def moment(seed, d):
@@ -59,3 +60,27 @@ def test_noise_variance_from_the_declared_range():
     assert prior_noise_variance((-1.5, 2.5), "squared") == 1.0
     assert prior_noise_variance((0.0, 8.0), "squared") == 4.0
     assert prior_noise_variance((0.0, 1.0), "logistic") == 1.0
+
+
+@pytest.mark.parametrize("S", [np.eye(6), moment(3, 6), np.ones((6, 6))])
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_wider_model_keeps_its_columns(S, dead):
+    """New columns of U lie outside what the released ones span, and have the scale of a new run's."""
+    U = np.random.default_rng(1).standard_normal((6, 2)) * np.array([1.0, 0.0 if dead else 0.1])
+    model = SharedModel(beta=np.arange(6.0), U=U, b_variance=0.3, noise_variance=0.7)
+    wide, again = (widened(model, 5, S, np.random.default_rng(5)) for _ in range(2))
+    assert np.array_equal(wide.U, again.U)
+    assert np.array_equal(wide.U[:, :2], U)
+    V = wide.U[:, 2:]
+    np.testing.assert_allclose(U.T @ V, 0, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.svd(V)[1], np.linalg.svd(V)[1][0])
+    assert np.trace(V.T @ regularized_moment(S) @ V) == pytest.approx(0.2 * 0.7 * 3 / 5)
+    assert np.array_equal(wide.beta, model.beta)
+    assert (wide.b_variance, wide.noise_variance) == (0.3, 0.7)
+
+
+def test_a_model_that_is_wide_enough_stays():
+    """Nothing is added, and no randomness is used up."""
+    model, rng = initial_model(moment(0, 4), 2, 1.0, np.random.default_rng(0)), np.random.default_rng(7)
+    assert widened(model, 2, moment(0, 4), rng) is model
+    assert rng.random() == np.random.default_rng(7).random()
