@@ -5,12 +5,11 @@ one that was made up: everything that it is compared with can be read in the led
 """
 
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
 from privacy.accounting import gdp_epsilon
 from privacy.audit.verify import Verification
-from privacy.lines import ZERO_HEAD, extend
+from privacy.lines import heads
 from privacy.participation import is_noiseless
 from privacy.release_files import EmpiricalAudit
 from privacy.rounding import counted, rounded_up
@@ -111,8 +110,7 @@ def _position(found: EmpiricalAudit) -> tuple[int, str]:
 
 
 def _head_at(ledger: Path, sequence: int) -> str:
-    head = ZERO_HEAD
+    """The head after a line of a ledger that was verified up to there; empty for one that was lost."""
     with ledger.open("rb") as lines:
-        for _ in range(sequence + 1):
-            head = extend(head, sha256(lines.readline()[:-1]).digest())
-    return head.hex()
+        number, head = next(found for found in heads(lines) if found[0] >= sequence)
+    return head.hex() if number == sequence else ""

@@ -37,6 +37,7 @@ from privacy.gaussian import epsilon_of_mu
 from privacy.keys import public_key_hex
 from privacy.ledger_state import Event, LedgerState, Reading, Round, read_file
 from privacy.lines import FORMAT, NEIGHBORING_RELATION, UNIT, Line, parse_line, recovery_statement, signed_line
+from privacy.rounds import Rounds
 from privacy.sampling import SampledRun
 
 _FIRST_BYTES = b'{"body":{"delta":'
@@ -294,6 +295,16 @@ class PrivacyLedger:
         if not least <= sequence <= self.sequence:
             raise ValueError(f"Expected {least} <= sequence <= {self.sequence}, got {sequence=}.")
         return self._state.digests(sequence + 1, self.sequence + 1)
+
+    @property
+    def num_lines(self) -> int:
+        """How many lines there are; fewer than `sequence` says where some were lost."""
+        return sum(self._state.counts.values())
+
+    @property
+    def rounds(self) -> Rounds:
+        """Every round in order, and what RESTORE lines charge."""
+        return self._state.rounds
 
     def events(self) -> tuple[Event, ...]:
         """The mechanism events of all RESERVE lines, in order."""

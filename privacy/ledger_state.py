@@ -186,6 +186,12 @@ class LedgerState:
             head = chain(head, self.digests(start, min(start + _CHUNK, sequence + 1)))
         return head
 
+    def line_number(self, sequence: int) -> int:
+        """Where line `sequence` is in the file, from 1; of a lost one, where the last before it is."""
+        own = self._stretch(sequence)
+        before = sum(len(stretch.digests) // 32 for stretch in self._stretches if stretch.first < own.first)
+        return before + min(sequence - own.first + 1, len(own.digests) // 32)
+
     def _check_body(self, kind: str, body: Mapping[str, Any]) -> None:
         match kind:
             case "GENESIS":
@@ -208,14 +214,14 @@ class LedgerState:
             check_recovery(line, str(self.genesis["ledger_id"]), recovery_key)
         except VerificationError as error:
             raise ValueError(str(error)) from error
+        worst, charged = self.worst_noise(), checked_noise_multiplier(multiplier)
+        if worst is not None and charged > worst:
+            raise ValueError(f"Expected lost lines charged with noise_multiplier <= {worst}, got {multiplier}.")
         if self.sampled is not None and self.capped_units + line.body["lost"] * _cost(multiplier) > self.limit_units:
             raise ValueError(
                 "Expected room beside the sampled run for what is lost, got none: its epsilon is fixed. "
                 "Nothing more can be released on this ledger."
             )
-        worst = self.worst_noise()
-        if worst is not None and checked_noise_multiplier(multiplier) > worst:
-            raise ValueError(f"Expected lost lines charged with noise_multiplier <= {worst}, got {multiplier}.")
 
     def worst_noise(self) -> Fraction | None:
         """The least noise of any run or release so far; None where there was none."""
@@ -386,7 +392,7 @@ def _with_last_signature(reading: Reading, last: Line | None) -> Reading:
         if last.kind != "KEY":
             check_signature(last, reading.state.public_keys[-1])
     except VerificationError as error:
-        return dataclasses.replace(reading, line=last.sequence + 1, reason=str(error))
+        return dataclasses.replace(reading, line=reading.state.line_number(last.sequence), reason=str(error))
     return reading
 
 

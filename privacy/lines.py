@@ -29,7 +29,7 @@ canonical encoding and its body has exactly the fields of its type.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from json import JSONDecoder
@@ -58,6 +58,8 @@ SEEDED_NOISE = "seeded (NOT PRIVATE)"
 """How events spell noise that a seed repeats."""
 ZERO_HEAD = bytes(32)
 MAX_LINE = 2**20
+MOST_LOST = 1_000_000
+"""Lines that one RESTORE line may stand for: each is counted one by one wherever a ledger is read."""
 _SHARE_SLACK = 1e-9  # shares are decimal strings of square roots; a user's norm is checked in integers anyway
 
 Fields = Mapping[str, Callable[[Any], object]]
@@ -185,6 +187,15 @@ def check_recovery(line: Line, ledger_id: str, recovery_key: str) -> None:
 def extend(head: bytes, digest: bytes) -> bytes:
     """h_t from h_(t-1) and the digest of line t."""
     return sha256(head + digest).digest()
+
+
+def heads(raw_lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Number of each line of a ledger that was verified, and the head after it, without reading the lines again."""
+    head = ZERO_HEAD
+    for raw in raw_lines:
+        line = raw.removesuffix(b"\n")
+        head = extend(head, sha256(line).digest())
+        yield int(line.rpartition(b',"sequence":')[2].partition(b",")[0]), head
 
 
 def chain(head: bytes, digests: npt.NDArray[np.uint8]) -> bytes:
@@ -342,7 +353,7 @@ _BODIES: Mapping[str, Fields] = {
     "ABORT": {"code": _is_code, "reserve": _is_count},
     "KEY": {"public_key": _is_hex},
     "RESTORE": {
-        "lost": _is_positive,
+        "lost": lambda value: _is_positive(value) and value <= MOST_LOST,
         "noise_multiplier": lambda value: _is_decimal(value) and float(value) > 0,
         "recovery_signature": re.compile(r"[0-9a-f]{128}").fullmatch,
     },

@@ -48,6 +48,7 @@ def promise_of_ledger(
     population: str,
     rounds: int,
     runs: int,
+    lost: int = 0,
     max_nodes_per_user: int = 1,
     is_sampled: bool = False,
     reasons_against: Sequence[str] = (),
@@ -60,21 +61,27 @@ def promise_of_ledger(
         population: Whose ledger it is.
         rounds: Charged rounds.
         runs: Started runs.
+        lost: Lines that RESTORE lines stand for.
         max_nodes_per_user: On how many nodes one user's data may be.
         is_sampled: Whether one of the runs is sampled.
         reasons_against: Of the function of that name; nothing is promised if there is one.
     """
     if reasons_against:
         return f"No user of “{population}” is promised anything: {'; '.join(reasons_against)}."
-    if not rounds:
+    if not rounds + lost:
         return f"Nothing has been released about the users of “{population}” from this ledger yet."
     if epsilon is None or math.isinf(epsilon):
         raise ValueError("Expected a finite epsilon where there is no reason against a promise, got inf.")
     releases = (
         f"Everything released about the users of “{population}” so far, counting the whole ledger "
-        f"({counted(rounds, 'charged round')} of {counted(runs, 'run')}),"
+        f"({counted(rounds, 'charged round')} of {counted(runs, 'run')}{lost_as_well(lost)}),"
     )
     return promise(releases, epsilon, delta, max_nodes_per_user=max_nodes_per_user, is_sampled=is_sampled)
+
+
+def lost_as_well(lost: int) -> str:
+    """That lines which a RESTORE line stands for were counted too; nothing where none was lost."""
+    return f" and {counted(lost, 'lost line')}, each charged as a round" if lost else ""
 
 
 def reasons_against(events: Iterable[Mapping[str, Any]], mu_max: str) -> tuple[str, ...]:

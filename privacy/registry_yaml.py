@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from privacy.promise import lost_as_well
 from privacy.report import PrivacyReport
 from privacy.rounding import counted, rounded_up
 
@@ -128,7 +129,8 @@ def _accounting(report: PrivacyReport) -> dict[str, Any]:
         ),
         "composition": (
             f"Adaptive composition of {counted(report.num_rounds, 'Gaussian release')} in "
-            f"{counted(len(report.runs), 'run')}, for a {report.unit} who {_took_part(report)}. "
+            f"{counted(len(report.runs), 'run')}{lost_as_well(report.num_lost)}, for a "
+            f"{report.unit} who {_took_part(report)}. "
             "A release is charged to a signed ledger before anything is asked of a node, "
             "and stays charged; a filter on each node stops the contributions of a user whose own limit is reached."
         ),

@@ -187,11 +187,13 @@ class PrivacyReport:
         spent: By the worst-case user, over the whole ledger.
         at_deltas: The same at several deltas, by each accountant.
         delta_fp: What finite precision adds to delta.
-        curve: Epsilon over rounds; all of them up to 200, then a selection.
+        curve: Epsilon over rounds, with lost lines where they were charged, those after the last round with it; all of
+            them up to 200, then a selection.
         verification: Of the ledger.
         run: The run this report is of, or None.
         runs: Public bodies of the START lines.
         num_rounds: How many rounds were charged.
+        num_lost: How many lines were lost, each of which is charged as a round.
         rounds: All of them up to 10,000, then a selection.
         model: The released model, or None.
         empirical: What an attack on the run has shown, or None where there was none.
@@ -224,6 +226,7 @@ class PrivacyReport:
     run: str | None
     runs: Mapping[str, Mapping[str, Any]]
     num_rounds: int
+    num_lost: int
     rounds: tuple[RoundFacts, ...]
     model: ModelFacts | None
     empirical: EmpiricalAudit | None
@@ -250,6 +253,7 @@ class PrivacyReport:
             self.spent.delta,
             population=self.population,
             rounds=self.num_rounds,
+            lost=self.num_lost,
             runs=len(self.runs),
             max_nodes_per_user=self.max_nodes_per_user,
             is_sampled=self.is_sampled,
@@ -347,6 +351,11 @@ def _report(
     )
     multipliers, num_rounds = checked.noise_multipliers, len(checked.rounds)
     mu = mu_curve(multipliers, s)
+    last = len(mu) - 1  # what was lost after the last round counts with it
+
+    def spent_by(number: int) -> float:
+        return mu[last if number == num_rounds else checked.rounds.charged_by(number - 1) - 1]
+
     total, at_deltas = _losses(multipliers, mu[-1] if mu else 0.0, delta, s, checked.sampled)
     distance, has_statistics = _shape(checked.rounds.events())
     reasons = reasons_against(checked.rounds.events(), genesis["mu_max"])
@@ -367,13 +376,14 @@ def _report(
         delta_fp=delta_fp(total.epsilon, distance) if distance else 0.0,
         curve=tuple(
             # a sampled run is charged before its first round, with all that others may spend
-            CurvePoint(number=n, epsilon=total.epsilon if checked.sampled else epsilon_of_mu(mu[n - 1], delta))
+            CurvePoint(number=n, epsilon=total.epsilon if checked.sampled else epsilon_of_mu(spent_by(n), delta))
             for n in shown_rounds(num_rounds)
         ),
         verification=_verified(ledger, checked, releases_found),
         run=run,
         runs=dict(checked.runs),
         num_rounds=num_rounds,
+        num_lost=checked.rounds.num_lost,
         rounds=tuple(
             _round_facts(number, entry, checked.mu_limit, metrics if entry.run == run else {})
             for number in (range(1, num_rounds + 1) if num_rounds <= _MOST_ROUNDS else shown_rounds(num_rounds))
@@ -404,7 +414,7 @@ def _verified(ledger: Path, checked: Verification, releases_found: int | None) -
     with ledger.open("rb") as lines:
         first = next(lines)
         # one by one: a long ledger does not fit in memory
-        (last,) = deque(islice(lines, checked.sequence), maxlen=1) or (first,)
+        (last,) = deque(islice(lines, checked.num_lines - 1), maxlen=1) or (first,)
     return Verified(
         status=checked.status,
         line=checked.line,

@@ -85,7 +85,7 @@ class Rounds(Sequence[Round]):
         self._codes: list[str] = []
         self._templates: list[Event] = []
         self._template_numbers: dict[bytes, int] = {}
-        self._lost: list[str] = []
+        self._lost: list[tuple[int, int, str]] = []  # after how many rounds, how many, z
 
     def __len__(self) -> int:
         """How many rounds were charged."""
@@ -136,7 +136,16 @@ class Rounds(Sequence[Round]):
 
     def lose(self, count: int, noise_multiplier: str) -> None:
         """Take in a RESTORE line: nobody knows these rounds, and each is charged."""
-        self._lost += [noise_multiplier] * count
+        self._lost.append((len(self), count, noise_multiplier))
+
+    @property
+    def num_lost(self) -> int:
+        """How many lines RESTORE lines stand for, each charged as a round."""
+        return sum(count for _, count, _ in self._lost)
+
+    def charged_by(self, position: int) -> int:
+        """How many releases had been charged with the round at `position`, lost ones before it included."""
+        return position + 1 + sum(count for after, count, _ in self._lost if after <= position)
 
     def has(self, run: str, server_round: int) -> bool:
         """Whether a run has reserved this round of its own."""
@@ -169,10 +178,14 @@ class Rounds(Sequence[Round]):
         return (self._round(i) for i, outcome in enumerate(self._outcomes) if outcome == _RELEASED)
 
     def noise_multipliers(self, run: str | None = None) -> list[str]:
-        """z of every round and of what RESTORE lines charge, or of one run's rounds, as the ledger spells it."""
+        """z of every round and of what RESTORE lines charge, in order, or of one run's rounds, as it is spelled."""
         spelled = [str(template["noise_multiplier"]) for template in self._templates]
         if run is None:
-            return [spelled[kind] for kind in self._kinds] + self._lost
+            found, begin = [], 0
+            for after, count, noise_multiplier in (*self._lost, (len(self), 0, "")):
+                found += [spelled[kind] for kind in self._kinds[begin:after]] + [noise_multiplier] * count
+                begin = after
+            return found
         return [spelled[self._kinds[i]] for i in (self._runs[run].positions if run in self._runs else ())]
 
     def events(self) -> Iterator[Event]:

@@ -190,7 +190,7 @@ def ledger_metrics(seen: Verification | None) -> Iterator[Metric]:
     if seen is None or not seen.genesis:
         return
     spent, budget = epsilon_spent(seen), float(seen.genesis["epsilon"])
-    yield _gauge("umbel_ledger_lines", "Lines of the ledger that are valid.", seen.sequence + 1)
+    yield _gauge("umbel_ledger_lines", "Lines of the ledger that are valid.", seen.num_lines)
     yield _gauge("umbel_epsilon_budget", "Epsilon of the ledger's budget.", budget)
     yield _gauge("umbel_epsilon_spent", "Epsilon of all charged releases; NaN where nothing is promised.", spent)
     yield _gauge("umbel_epsilon_left", "Budget less epsilon spent; NaN where nothing is promised.", budget - spent)

@@ -8,6 +8,7 @@ from common.config import Config, load_config
 from common.data import DataSchema
 from common.errors import UmbelError
 from server.checkpoint import load_schema
+from server.start import StartModel, read_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,11 @@ class RunFolder:
     def schema(self) -> Path:
         """Public facts about the data."""
         return self.root / "schema.safetensors"
+
+    @property
+    def start(self) -> Path:
+        """The released model that the run starts from, if it does; its digest is in the run's START line."""
+        return self.root / "start.safetensors"
 
     @property
     def registry(self) -> Path:
@@ -114,6 +120,7 @@ class RunSettings:
         schema: Public facts about the data.
         noise_multiplier: z of each release as the ledger spells it; "0" without noise.
         configuration_digest: SHA-256 of config.toml, hex.
+        start: The released model that it starts from, if any.
     """
 
     run: str
@@ -123,6 +130,7 @@ class RunSettings:
     schema: DataSchema
     noise_multiplier: str
     configuration_digest: str
+    start: StartModel | None = None
 
 
 def load_run(root: Path) -> RunSettings:
@@ -146,4 +154,5 @@ def load_run(root: Path) -> RunSettings:
         schema=load_schema(folder.schema),
         noise_multiplier=config.run.noise_multiplier,
         configuration_digest=sha256(folder.config.read_bytes()).hexdigest(),
+        start=None if config.training.start is None else read_start(folder.start),
     )

@@ -100,7 +100,7 @@ class _Loop:
         self.registry = registry
         self.nodes = nodes
         self.sign = sign
-        self.algorithm = algorithm_of(settings.config)
+        self.algorithm = algorithm_of(settings.config, None if settings.start is None else settings.start.model)
         self.private = not is_noiseless(settings.noise_multiplier)
         self.noise_name = _noise(settings, 0).name  # before a line is written: a package may be missing
         self.acknowledged: dict[int, int] = {}
@@ -150,6 +150,9 @@ class _Loop:
             "registry": self.registry.digest,
             "schema": sha256(self.settings.folder.schema.read_bytes()).hexdigest(),
         }
+        if self.settings.start is not None:
+            is_public = config.training.start_is_public
+            schedule["start"] = self.settings.start.in_start_line(is_public=is_public)
         digest = self.settings.configuration_digest
         started = ledger.runs.get(run)
         if config.privacy.sampling_probability is not None:

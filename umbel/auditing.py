@@ -187,7 +187,8 @@ def ledger_contents(path: Path, run: str | None = None) -> dict[str, Any]:
         )
     genesis, delta, s = ledger.genesis, float(ledger.genesis["delta"]), int(ledger.genesis["max_nodes_per_user"])
     rounds = sorted((r for name in ledger.runs for r in ledger.rounds_of(name)), key=lambda entry: entry.sequence)
-    mu = mu_curve([entry.event["noise_multiplier"] for entry in rounds], s)
+    by_charge = mu_curve(ledger.rounds.noise_multipliers(), s)
+    mu = [by_charge[ledger.rounds.charged_by(position) - 1] for position in range(len(rounds))]
     reasons = reasons_against(ledger.events(), genesis["mu_max"])
     return {
         "ledger": str(ledger.path),

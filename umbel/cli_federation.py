@@ -113,6 +113,9 @@ def train(
     sparsity: Annotated[int | None, typer.Option(help="Cap on the nonzeros of a user's own part.")] = None,
     rounds: Annotated[int | None, typer.Option(help="How many releases.")] = None,
     algorithm: Annotated[str | None, typer.Option(help="gradient, or amht-lrs.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(metavar="RUN|MODEL", help="Start from the model of an earlier run on the ledger.")
+    ] = None,
     epsilon: Annotated[str | None, typer.Option(help="What the run may spend of the population's budget.")] = None,
     sampling_probability: Annotated[
         str | None, typer.Option(help="Each device tosses a coin in each round; on a ledger of its own.")
@@ -133,6 +136,7 @@ def train(
         "model.sparsity": sparsity,
         "training.rounds": rounds,
         "training.algorithm": algorithm,
+        "training.start": start,
         "privacy.epsilon": epsilon,
         "privacy.sampling_probability": sampling_probability,
     }

@@ -141,7 +141,7 @@ def check_certificates(folder: FederationFolder, deployment: Deployment, now: da
 def check_ledger(folder: FederationFolder, now: datetime) -> Iterator[Check]:
     """Whether the ledger verifies, can be written with the key beside it, and has something left."""
     with PrivacyLedger.open(folder.place.ledger) as ledger:
-        yield ok("ledger", f"verified, {ledger.sequence + 1} lines.")
+        yield ok("ledger", f"verified, {ledger.num_lines} lines.")
         if ledger.torn_bytes:
             yield warn("ledger", "its last line is torn, by a crash.", "Nothing: the next run cuts it off.")
         if public_key_hex(load_key(folder.place.key)) != ledger.public_key:

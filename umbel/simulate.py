@@ -41,6 +41,7 @@ from umbel.curve import error_curve
 from umbel.evaluate import paired_difference
 from umbel.plan import affordable_rounds, least_noise, resolve_delta
 from umbel.results import baseline_section, error_section, evaluate, peak_memory_bytes
+from umbel.start import check_start, find_start, with_start
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 _RUN_ID_DIGITS = 12
@@ -129,22 +130,11 @@ def lay_out(config: Config, progress: Progress) -> Config:
     # absolute, as the nodes have it, so that it is read once
     config = config.model_copy(update={"data": config.data.model_copy(update=_absolute_paths(config.data))})
     source = sources.read(config.data, config.model.family)
-    train, test, schema = source.train, source.test, source.schema
-    if source.num_bad_rows:
-        progress.warn(f"{source.num_bad_rows} bad rows were dropped, the first: {source.bad_rows[0]}")
-    if source.num_clipped:
-        progress.warn(f"{source.num_clipped} values outside their declared range were clipped to it.")
-    config = with_shape(config, schema, progress)
+    train, schema = source.train, source.schema
+    start = find_start(config, progress)
+    config = with_shape(with_start(config, start), schema, progress)
     _check_parts(config)
-    if train.num_users < config.training.nodes:
-        raise UmbelError(
-            f"Expected training.nodes <= {train.num_users} users, "
-            f"got training.nodes={config.training.nodes}. Use fewer."
-        )
-    if train.num_examples == 0:
-        raise UmbelError("Expected training examples, got none. Lower data.test_fraction.")
-    if test.num_examples == 0:
-        progress.warn("nothing is held out, so no error will be computed; raise data.test_fraction for one.")
+    _check_data(config, source, progress)
     delta, _ = resolve_delta(config.privacy.delta, train.num_users)
     for warning in resolve_delta(delta, train.num_users)[1]:
         progress.warn(warning)
@@ -154,6 +144,9 @@ def lay_out(config: Config, progress: Progress) -> Config:
         check_noise(config, noise_multiplier, delta, schema, users=train.num_users, progress=progress)
     ledger_path = Path(config.run.ledger).resolve() if config.run.ledger else root / "ledger.jsonl"
     place = LedgerPlace(ledger=ledger_path)
+    is_private = not is_noiseless(noise_multiplier) and config.privacy.seed is None
+    begun = PrivacyLedger.open(place.ledger) if _is_begun(place.ledger) else None
+    check_start(start, config, schema, begun, is_private=is_private, progress=progress)
     sizes = [partition(train, config.training.nodes, i).num_users for i in range(config.training.nodes)]
     registry = registry_of((f"node-{i}", size) for i, size in enumerate(sizes))
     made = {"epsilon": budget, "delta": delta, "mu_max": mu_max}
@@ -178,6 +171,8 @@ def lay_out(config: Config, progress: Progress) -> Config:
     make_folder(root)
     registry.save(folder.registry)
     save_schema(folder.schema, schema)
+    if start is not None:
+        write_durably(folder.start, start.data)
     make_folder(folder.nodes, mode=0o700)
     nodes = NodeSettings(
         store=":memory:" if config.run.stores == "memory" else str(folder.nodes / "node-{partition}.sqlite"),
@@ -194,6 +189,23 @@ def lay_out(config: Config, progress: Progress) -> Config:
     write_durably(folder.nodes / "node.toml", to_toml(nodes.model_dump(exclude_none=True, by_alias=True)).encode())
     write_durably(folder.config, resolved.to_toml().encode())
     return resolved
+
+
+def _check_data(config: Config, source: sources.Source, progress: Progress) -> None:
+    """Refuse data that cannot train, and warn of what was not as it should be."""
+    if source.num_bad_rows:
+        progress.warn(f"{source.num_bad_rows} bad rows were dropped, the first: {source.bad_rows[0]}")
+    if source.num_clipped:
+        progress.warn(f"{source.num_clipped} values outside their declared range were clipped to it.")
+    if source.train.num_users < config.training.nodes:
+        raise UmbelError(
+            f"Expected training.nodes <= {source.train.num_users} users, "
+            f"got training.nodes={config.training.nodes}. Use fewer."
+        )
+    if source.train.num_examples == 0:
+        raise UmbelError("Expected training examples, got none. Lower data.test_fraction.")
+    if source.test.num_examples == 0:
+        progress.warn("nothing is held out, so no error will be computed; raise data.test_fraction for one.")
 
 
 def _check_parts(config: Config) -> None:
@@ -485,7 +497,7 @@ def privacy_section(config: Config) -> dict[str, Any]:
     with PrivacyLedger.open(Path(str(config.run.ledger))) as ledger:
         mu, genesis, sampled = ledger.mu_spent, ledger.genesis, ledger.sampled
         rounds = len(ledger.rounds_of(str(config.run.name)))
-        events, runs = ledger.events(), len(ledger.runs)
+        events, runs, lost = ledger.events(), len(ledger.runs), ledger.rounds.num_lost
     delta, s = float(genesis["delta"]), int(genesis["max_nodes_per_user"])
     losses = losses_at([delta], mu=mu, noise_multipliers=None, s=s, sampled=sampled)
     epsilon = losses["epsilon"]
@@ -505,6 +517,7 @@ def privacy_section(config: Config) -> dict[str, Any]:
             population=genesis["population"],
             rounds=len(events),
             runs=runs,
+            lost=lost,
             max_nodes_per_user=s,
             is_sampled=sampled is not None,
             reasons_against=reasons,

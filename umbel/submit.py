@@ -42,6 +42,7 @@ from umbel.simulate import (
     privacy_section,
     with_shape,
 )
+from umbel.start import check_start, find_start, with_start
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RUN_ID_DIGITS = 12
@@ -113,7 +114,8 @@ def lay_out(federation: Federation, config: Config, name: str, progress: Watcher
     config = _of_deployment(config, federation)
     schema = public_schema(config.data, config.model.family)
     _check_schema(schema, config, federation)
-    config = with_shape(config, schema, progress)
+    start = find_start(config, progress)
+    config = with_shape(with_start(config, start), schema, progress)
     if config.privacy.noise == "discrete":
         require_opendp()
     with PrivacyLedger.open(place.ledger) as ledger:
@@ -132,10 +134,14 @@ def lay_out(federation: Federation, config: Config, name: str, progress: Watcher
             "capped_mu_max": capped_mu_max(config, noise_multiplier, genesis),
         }
         config = config.model_copy(update={"run": config.run.model_copy(update=run)})
+        is_private = not is_noiseless(noise_multiplier) and config.privacy.seed is None
+        check_start(start, config, schema, ledger, is_private=is_private, progress=progress)
         check_fits(ledger, config, place, genesis["population"])
     make_folder(folder.root)
     registry.save(folder.registry)
     save_schema(folder.schema, schema)
+    if start is not None:
+        write_durably(folder.start, start.data)
     write_durably(folder.config, config.to_toml().encode())
     load_config(folder.config)  # what was written is what the ServerApp will read
     return load_run(folder.root)

@@ -15,7 +15,7 @@ from privacy.accounting import total_mu
 from privacy.audit.findings import FAILED, Finding, find_target, inspect, keys_of
 from privacy.audit.losses import checked_deltas, losses_at, void
 from privacy.participation import UNITS
-from privacy.promise import promise, reasons_against
+from privacy.promise import lost_as_well, promise, reasons_against
 from privacy.rounding import counted
 
 ANOTHER_LEDGER = (
@@ -100,7 +100,7 @@ def _ledgers(findings: Sequence[Finding]) -> list[Finding]:
 
 def _check_prefix(first: Finding, second: Finding) -> None:
     """Refuse two copies of which neither begins with the other."""
-    lines = 1 + min(first.found.sequence, second.found.sequence)
+    lines = min(first.found.num_lines, second.found.num_lines)
     with first.target.ledger.open("rb") as ours, second.target.ledger.open("rb") as theirs:
         for number in range(1, lines + 1):
             if ours.readline() != theirs.readline():
@@ -161,10 +161,11 @@ def _promise(ledgers: Sequence[Finding], epsilon: float | None, delta: float, s:
     if reasons or epsilon is None:
         return f"No user of “{population}” is promised anything: {'; '.join(reasons)}."
     rounds = counted(sum(len(finding.found.rounds) for finding in ledgers), "charged round")
+    lost = lost_as_well(sum(finding.found.rounds.num_lost for finding in ledgers))
     runs = counted(sum(len(finding.found.runs) for finding in ledgers), "run")
     releases = (
         f"Everything released about the users of “{population}” so far, counting {rounds} of {runs} on "
-        f"{counted(len(ledgers), 'ledger')},"
+        f"{counted(len(ledgers), 'ledger')}{lost},"
     )
     is_sampled = ledgers[0].found.sampled is not None
     return promise(releases, epsilon, delta, max_nodes_per_user=s, is_sampled=is_sampled)
@@ -192,7 +193,7 @@ def _ledger_row(finding: Finding) -> dict[str, Any]:
     return {
         "ledger_id": genesis["ledger_id"],
         "ledger": str(finding.target.ledger),
-        "lines": found.sequence + 1,
+        "lines": found.num_lines,
         "head": f"{found.sequence}:{found.head}",
         "public_key": found.public_keys[-1],
         "rounds": len(found.rounds),
@@ -224,7 +225,7 @@ def _run_rows(ledgers: Sequence[Finding], findings: Sequence[Finding], *, is_voi
                     "rounds": len(multipliers),
                     "noise_multipliers": list(dict.fromkeys(multipliers)),
                     "mu": mu,
-                    # mu adds in squares, so these shares add up to 1
+                    # mu adds in squares, so these shares and that of lost lines add up to 1
                     "mu_share": None if mu is None or not total else mu * mu * UNITS / total,
                 }
             )

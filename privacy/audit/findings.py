@@ -21,6 +21,7 @@ from privacy.keys import load_key, public_key_hex
 from privacy.lines import check_signature, parse_line
 from privacy.participation import cost_units, is_noiseless, is_unlimited, limit_units
 from privacy.promise import promise_of_ledger, reasons_against
+from privacy.rounding import counted
 from privacy.sampling import NO_SAMPLING
 
 VERIFIED, OVER_BUDGET, FAILED, OWNER_NOT_VERIFIED = 0, 3, 4, 5
@@ -212,7 +213,7 @@ def inspect(
     reason = found.reason
     if found.status != "failed" and (unlike := _unlike_start(target, found)):
         status, exit_code, reason = "failed", FAILED, unlike
-    if exit_code in (VERIFIED, OWNER_NOT_VERIFIED) and (understated := _understated(found)):
+    if exit_code in (VERIFIED, OWNER_NOT_VERIFIED) and (understated := _understated(found) or _lost_too_much(found)):
         status, exit_code, reason = "over budget", OVER_BUDGET, understated
     return Finding(target=target, found=found, status=status, exit_code=exit_code, line=found.line, reason=reason)
 
@@ -239,7 +240,7 @@ def document(finding: Finding, deltas: tuple[float, ...] = ()) -> dict[str, Any]
         "run": target.run,
         "line": finding.line,
         "reason": finding.reason,
-        "lines": found.sequence + 1,
+        "lines": found.num_lines,
         "torn_bytes": found.torn_bytes,
         "head": f"{found.sequence}:{found.head}",
         "public_key": found.public_keys[-1] if found.public_keys else None,
@@ -305,6 +306,7 @@ def _privacy(found: Verification, deltas: tuple[float, ...]) -> dict[str, Any]:
             wanted[0],
             population=genesis["population"],
             rounds=len(found.rounds),
+            lost=found.rounds.num_lost,
             runs=len(found.runs),
             max_nodes_per_user=s,
             is_sampled=found.sampled is not None,
@@ -335,7 +337,10 @@ def _unlike_start(target: Target, found: Verification) -> str:
     started = found.runs.get(target.run)
     if started is None:
         return ""  # no run of this ledger: its releases, or its model, say so
-    digests = {"config.toml": started["configuration_digest"], "schema.safetensors": started["schedule"].get("schema")}
+    schedule = started["schedule"]
+    digests = {"config.toml": started["configuration_digest"], "schema.safetensors": schedule.get("schema")}
+    if isinstance(schedule.get("start"), dict):
+        digests["start.safetensors"] = schedule["start"].get("digest")
     for name, digest in digests.items():
         path, of_run = target.root / name, f"run={target.run!r}"
         try:
@@ -368,6 +373,14 @@ def _understated(found: Verification) -> str:
         f"Expected run={sampled.run!r} to cost amplified_epsilon={sampled.amplified_epsilon} as it was charged, "
         f"got {cost:.6g}."
     )
+
+
+def _lost_too_much(found: Verification) -> str:
+    """That what RESTORE lines charge is more than was left; nothing else of a valid ledger can be beyond its budget."""
+    if is_unlimited(found.mu_limit) or found.capped_units <= limit_units(found.mu_limit):
+        return ""
+    lost = counted(found.rounds.num_lost, "lost line")
+    return f"Expected spending within mu_max={found.mu_limit}, got more with {lost}, each charged as a round."
 
 
 def _is_authentic_overrun(ledger: Path, found: Verification, public_keys: Collection[str]) -> bool:

@@ -84,13 +84,18 @@ class Verification:
     torn_bytes: int
 
     @property
+    def num_lines(self) -> int:
+        """How many lines are valid; fewer than `sequence` says where some were lost."""
+        return sum(self.counts.values())
+
+    @property
     def events(self) -> tuple[Event, ...]:
         """The mechanism events of all RESERVE lines, in order."""
         return tuple(self.rounds.events())
 
     @property
     def noise_multipliers(self) -> list[str]:
-        """z of all RESERVE lines, in order, as the ledger spells them."""
+        """z of all RESERVE lines and of what RESTORE lines charge, in order, as the ledger spells them."""
         return self.rounds.noise_multipliers()
 
     @property
@@ -172,13 +177,13 @@ def _outside_failure(
         )
     if anchor is not None and state.head_at(anchor.sequence).hex() != anchor.head:
         return (
-            anchor.sequence + 1,
+            state.line_number(anchor.sequence),
             f"Expected head {anchor.head[:16]}… here, got another: the past was rewritten, or this head "
             "is another ledger's.",
         )
     for entry in state.rounds.released() if release_found is not None else ():
         if release_found is not None and not release_found(entry):
-            return entry.sequence + 1, (
+            return state.line_number(entry.sequence), (
                 f"Expected the release of run={entry.run!r}, round {entry.server_round} "
                 f"with the committed SHA-256 {str(entry.release_digest)[:16]}…, got none or another."
             )

@@ -10,12 +10,18 @@ from client.guard import Policy, check
 from common.errors import BudgetExhausted, Refused, UmbelError
 from common.model import SharedModel
 from common.records import Broadcast
+from privacy import lines as ledger_lines
+from privacy.accounting import mu_curve
+from privacy.audit.composition import audit_together
+from privacy.audit.findings import audit
 from privacy.audit.verify import verify
 from privacy.gaussian import epsilon_of_mu
 from privacy.keys import public_key_hex
 from privacy.ledger import PrivacyLedger
 from privacy.lines import ZERO_HEAD, chain
 from privacy.participation import cost_units, mu_max_string
+from privacy.report import report_of_ledger
+from umbel.auditing import ledger_contents
 
 OWNER, RECOVERY, NEXT, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([i] * 32)) for i in range(1, 5))
 EVENT = {
@@ -255,3 +261,80 @@ def test_a_sampled_run_leaves_no_room_for_what_is_lost(tmp_path):
             ledger.restore(up_to=5, noise_multiplier=None, recovery_key=RECOVERY)
             with pytest.raises(ValueError, match="after a RESTORE line"):
                 ledger.reserve("run", 1, EVENT | {"sampling": {"poisson": "0.5"}}, 10)
+
+
+def test_what_was_lost_is_in_every_account(lost):
+    """Report, curve, list of rounds, audit and promise count lost lines, where they were charged."""
+    path, (seen, _) = lost
+    with PrivacyLedger.open(path, key=OWNER) as ledger:
+        ledger.restore(up_to=seen, noise_multiplier=None, recovery_key=RECOVERY)
+        release(ledger, 6)
+        spent = ledger.epsilon_spent(DELTA)
+    with path.open("ab") as file:
+        file.write(b'{"body":{"torn')
+    report = report_of_ledger(path)
+    assert (report.num_rounds, report.num_lost) == (4, 4)
+    assert report.spent.epsilon == report.curve[-1].epsilon == spent
+    assert report.curve[2].epsilon == epsilon_of_mu(mu_curve(["8"] * 3)[-1], DELTA)
+    assert "4 charged rounds of 1 run and 4 lost lines" in report.statement
+    assert [round(entry["mu_after"] ** 2 * 64) for entry in ledger_contents(path)["rounds"]] == [1, 2, 3, 8]
+    audited = audit(path)
+    assert (audited["lines"], audited["exit_code"]) == (2 + 2 * 3 + 1 + 2, 5)
+    assert "4 lost lines" in audited["privacy"]["promise"]
+
+
+def test_copies_of_a_restored_ledger_are_one_ledger(lost, tmp_path):
+    """The copy of a run that ended before is the beginning of the one that went on: no fork."""
+    path, (seen, _) = lost
+    with PrivacyLedger.open(path, key=OWNER) as ledger:
+        ledger.restore(up_to=seen, noise_multiplier=None, recovery_key=RECOVERY)
+        earlier = tmp_path / "earlier.jsonl"
+        ledger.copy_to(earlier)
+        release(ledger, 6)
+    together = audit_together([earlier, path])
+    assert (together["ledgers"][0]["rounds"], together["ledgers"][0]["lines"]) == (4, 11)
+    assert "4 lost lines" in together["privacy"]["promise"]
+
+
+def test_a_ledger_that_has_lost_all_its_rounds_does_not_say_that_nothing_was_released(tmp_path):
+    """What was lost is taken to have been released."""
+    path = tmp_path / "ledger.jsonl"
+    with make(path) as ledger:
+        ledger.restore(up_to=4, noise_multiplier=None, recovery_key=RECOVERY)
+    assert "Nothing has been released" not in report_of_ledger(path).statement
+    assert "3 lost lines" in audit(path)["privacy"]["promise"]
+
+
+def test_a_restore_beyond_the_budget_is_over_budget_for_an_audit(tmp_path):
+    """Every line is right, and yet more was spent than the ledger promised: that is a verdict of its own."""
+    path = tmp_path / "ledger.jsonl"
+    with make(path, epsilon=0.5) as ledger:
+        ledger.restore(up_to=30, noise_multiplier="1", recovery_key=RECOVERY)
+    found = audit(path, public_key=public_key_hex(OWNER))
+    assert (found["status"], found["exit_code"]) == ("over budget", 3)
+    assert "29 lost lines" in found["reason"]
+
+
+@pytest.mark.parametrize("arguments", [{"noise_multiplier": "0.04"}, {"up_to": 2_000_000, "noise_multiplier": "1"}])
+def test_a_restore_that_no_accountant_could_count_is_not_written(tmp_path, arguments):
+    """It would leave a ledger that nobody can read: too little noise to count, or more lines than fit in memory."""
+    path = tmp_path / "ledger.jsonl"
+    make(path).close()
+    lines = path.read_bytes().splitlines(keepends=True)[:1]
+    path.write_bytes(lines[0])
+    with PrivacyLedger.open(path, key=OWNER) as ledger, pytest.raises(ValueError, match=r"noise_multiplier|valid lost"):
+        ledger.restore(**{"up_to": 9, "recovery_key": RECOVERY} | arguments)
+    assert path.read_bytes() == lines[0]
+
+
+def test_a_head_after_a_restore_is_found_again(lost):
+    """Numbers of lines are not their places in the file any more; what was lost has no head."""
+    path, (seen, _) = lost
+    with PrivacyLedger.open(path, key=OWNER) as ledger:
+        ledger.restore(up_to=seen, noise_multiplier=None, recovery_key=RECOVERY)
+        reservation = release(ledger, 6)
+        wanted = {n: ledger.head_at(n) for n in (0, 7, seen + 1, reservation.sequence)}
+    with path.open("rb") as lines:
+        found = dict(ledger_lines.heads(lines))
+    assert {n: found[n] for n in wanted} == wanted
+    assert seen not in found
