@@ -76,7 +76,7 @@ def fingerprint(data: DataConfig) -> Fingerprint:
     path = Path(data.source)
     try:
         files = files_of(path)
-    except DataError:
+    except (DataError, OSError):  # also of a folder that this user may not look into
         return ()
     beside = [file.with_name(file.name + "-wal") for file in files]
     found = []

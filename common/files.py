@@ -46,7 +46,8 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     staging = path.with_name(f".{path.name}{_STAGING}")
     with storing(path):
         try:
-            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            staging.unlink(missing_ok=True)  # what is there already may be a link, or readable by others
+            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()

@@ -287,9 +287,15 @@ def _layout_of(path: Path) -> Layout:
 
 
 def _records(path: Path, layout: Layout) -> Generator[list[str], None, None]:
-    """Every record of a text file, blank lines as empty lists."""
+    """Every record of a text file, blank lines as empty lists; bytes that are no text are written out.
+
+    Only the first line must be text: one bad byte in a user's row is that row's, not the whole table's.
+    """
     try:
-        with path.open(encoding=layout.encoding, newline="" if layout.quoted else None) as file:
+        with path.open("rb") as first:
+            first.readline().decode(layout.encoding)
+        newline = "" if layout.quoted else None
+        with path.open(encoding=layout.encoding, errors="backslashreplace", newline=newline) as file:
             if layout.quoted:
                 yield from csv.reader(file, delimiter=layout.delimiter, strict=True)
             for line in file:
@@ -313,6 +319,21 @@ def _text_header(path: Path, layout: Layout) -> tuple[str, ...]:
 def _text_cells(path: Path, names: tuple[str, ...], known: tuple[str, ...], layout: Layout) -> Cells:
     first_row = 1 if layout.header else 2
     records = list(_records(path, layout))[first_row - 1 :]
+    return cells_of_records(path.name, records, names=names, known=known, first_row=first_row)
+
+
+def cells_of_records(
+    file: str, records: Sequence[list[str]], *, names: Sequence[str], known: Sequence[str], first_row: int
+) -> Cells:
+    """The columns `names` of some records of a text file whose columns are `known`; an empty record is a blank line.
+
+    Args:
+        file: Name of the file for messages.
+        records: Fields of each.
+        names: Which columns.
+        known: All columns of the file, in order.
+        first_row: Number of the first record.
+    """
     width = np.fromiter(map(len, records), dtype=np.int64, count=len(records))
     filled = width > 0
     complete = width == len(known)
@@ -322,7 +343,7 @@ def _text_cells(path: Path, names: tuple[str, ...], known: tuple[str, ...], layo
         records = list(compress(records, filled))
     columns = list(zip(*records, strict=True)) or [()] * len(known)
     return Cells(
-        file=path.name,
+        file=file,
         columns={name: columns[known.index(name)] for name in names},
         rows=np.flatnonzero(filled) + first_row,
         complete=complete[filled],

@@ -70,6 +70,8 @@ class Replies:
                 total = self._checked(answer)
             except Refused as refused:
                 self.refusals[refused.code] = self.refusals.get(refused.code, 0) + 1
+                if refused.code == "ledger_gap" and answer.node_id in self.invited:
+                    self.acknowledged[answer.node_id] = -1  # its store was lost: it is told everything again
                 continue
             self.answered += 1
             yield total

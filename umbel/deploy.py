@@ -31,6 +31,7 @@ from flwr.proto.control_pb2 import (
     StartRunRequest,
     StopRunRequest,
     StreamLogsRequest,
+    UnregisterNodeRequest,
 )
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
@@ -40,6 +41,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from common.errors import UmbelError
 from common.files import make_folder
 from umbel import processes
+from umbel.checks import is_free
 from umbel.federation import Deployment, FederationFolder, load_deployment
 from umbel.processes import Process
 
@@ -48,6 +50,7 @@ _BIN = Path(sys.executable).parent
 _START_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
 _DRAIN_SECONDS = 20.0
+_PORT_SECONDS = 2.0  # a process that was killed holds its port until the last of its threads has gone
 _LOG_TAIL = 3
 _FINISHED = "finished"
 # What would call home, count usage or fetch packages; and BLAS threads, which would fight for the cores.
@@ -85,11 +88,13 @@ class NodeSeen:
         name: With which it was registered.
         public_key: For Flower's transport, as bytes.
         is_online: Whether it was heard of lately.
+        number: SuperLink's own, or None of one that may not connect any more.
     """
 
     name: str
     public_key: bytes
     is_online: bool
+    number: int | None = None
 
 
 class Control:
@@ -119,12 +124,25 @@ class Control:
         """All nodes that are registered."""
         with self._asking():
             found = self._client.ListNodes(ListNodesRequest()).nodes_info
-        return [NodeSeen(name=n.name, public_key=n.public_key, is_online=n.status == "online") for n in found]
+        return [
+            NodeSeen(
+                name=node.name,
+                public_key=node.public_key,
+                is_online=node.status == "online",
+                number=None if node.status == "unregistered" else node.node_id,
+            )
+            for node in found
+        ]
 
     def register(self, name: str, public_key: bytes) -> None:
         """Let the node with this key connect."""
         with self._asking():
             self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
+
+    def unregister(self, number: int) -> None:
+        """Let a node connect no more."""
+        with self._asking():
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=number))
 
     def start_run(self, bundle: Path, run_config: UserConfig) -> str:
         """Submit a bundle; returns the run's number."""
@@ -391,15 +409,14 @@ class Federation:
         if port is None:
             return
         option = "fleet" if name == "proxy" else name
-        with socket.socket() as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                tried.bind(("127.0.0.1", port))
-            except OSError as error:
+        until = time.monotonic() + _PORT_SECONDS
+        while not is_free(port):
+            if time.monotonic() > until:
                 raise UmbelError(
                     f"Expected port {port} to be free for {name}, got it in use. End who uses it, or choose another "
                     f"with `umbel provision {self.folder.root} --{option}-port 0`."
-                ) from error
+                )
+            time.sleep(_LOOK_SECONDS)
 
     def _wait(self, known: Mapping[str, Process], name: str, answers: Callable[[], bool]) -> None:
         until = time.monotonic() + _START_SECONDS
@@ -443,11 +460,16 @@ class Federation:
         return public_key_to_bytes(key)
 
     def _register(self) -> None:
-        """Tell SuperLink the keys of nodes that it does not know yet."""
+        """Tell SuperLink the keys of nodes that it does not know yet, and to forget those from before a rotation."""
+        keys = {name: self._public_key(name) for name in self.deployment.nodes.names}
         with self.control() as control:
-            known = {node.public_key for node in control.nodes()}
-            for name in self.deployment.nodes.names:
-                if (key := self._public_key(name)) not in known:
+            seen = control.nodes()
+            for node in seen:
+                if node.number is not None and node.name in keys and node.public_key != keys[node.name]:
+                    control.unregister(node.number)
+            known = {node.public_key for node in seen}
+            for name, key in keys.items():
+                if key not in known:
                     control.register(name, key)
 
     def _wait_for_nodes(self, known: Mapping[str, Process]) -> None:

@@ -71,7 +71,18 @@ def group_of(process: Process) -> list[Process]:
     leader = running.get(process.pid)
     if leader is not None and leader.started != process.started:
         return []
-    return [Process(pid=pid, started=seen.started) for pid, seen in running.items() if seen.group == process.pid]
+    members = {pid: seen for pid, seen in running.items() if seen.group == process.pid}
+    if leader is None:  # its number may have been another's meanwhile, who has left a group of that number
+        members = {pid: seen for pid, seen in members.items() if _may_be_child(seen.started, process.started)}
+    return [Process(pid=pid, started=seen.started) for pid, seen in members.items()]
+
+
+def _may_be_child(started: str, parent: str) -> bool:
+    """Whether a process that started then can be of a parent that did: not before it, and not after another boot."""
+    (boot, _, ticks), (parent_boot, _, parent_ticks) = started.partition("-"), parent.partition("-")
+    if not ticks.isdecimal():
+        return True  # a date, as `ps` spells it
+    return boot == parent_boot and parent_ticks.isdecimal() and int(ticks) >= int(parent_ticks)
 
 
 def stop(processes: Iterable[Process], *, seconds: float) -> list[Process]:

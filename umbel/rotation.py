@@ -39,7 +39,10 @@ def rotate(folder: FederationFolder, deployment: Deployment, what: str, now: dat
         return ["the server has a new certificate and key: restart it (umbel down, umbel up)."]
     if what == LEDGER:
         rotate_ledger_key(folder.place)
-        return ["the ledger has a new key: nodes follow by themselves at the next round; back up server/ledger.key."]
+        return [
+            "the ledger has a new key: nodes follow by themselves at the next round; back up server/ledger.key and "
+            "server/ledger.jsonl now."
+        ]
     _rotate_node(folder, what)
     return [
         f"{what} has new keys: copy those in {folder.node(what).root} to the device and restart it; restart the server "

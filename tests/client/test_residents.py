@@ -120,7 +120,34 @@ def test_a_round_that_is_refused_reads_nothing(tmp_path: Path, monkeypatch: pyte
         device.service.contribute(payload, bytes(len(signature)))
 
 
-@pytest.mark.parametrize("damage", ["user,a,b\nada,1,2\n", 'user,a,b,y\n"ada,1,2,3', b"user,a,b,y\n\xff\xfe,1,2,3\n"])
+def test_bytes_that_are_no_text_are_the_fault_of_their_row(tmp_path: Path, alone: Callable[[str], IntArray]) -> None:
+    """What one user's row holds does not decide whether the others' new rows count."""
+    device = Device(tmp_path, [ADA])
+    device.path.write_bytes("\n".join(["user,a,b,y", ADA, BEN, ""]).encode() + b"c\xff,\xfe,0.1,2\n")
+    assert np.array_equal(device.total(), alone(ADA) + alone(BEN))
+    assert not device.service.status()["data_problem"]
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_refusal(
+    tmp_path: Path, alone: Callable[[str], IntArray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its permissions are as good as data that cannot be read."""
+    device = Device(tmp_path, [ADA])
+    is_dir = Path.is_dir
+
+    def refused(path: Path) -> bool:
+        if path == device.path:
+            raise PermissionError(13, "Permission denied")
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    assert np.array_equal(device.total(), alone(ADA))
+    assert device.service.status()["data_problem"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["user,a,b\nada,1,2\n", 'user,a,b,y\n"ada,1,2,3', b"\xff\xfeuser,a,b,y\nada,1,2,3\n"]
+)
 def test_a_source_that_cannot_be_read_leaves_the_last_data(
     tmp_path: Path, alone: Callable[[str], IntArray], damage: str | bytes
 ) -> None:
@@ -261,7 +288,7 @@ def test_new_files_in_a_folder_and_lines_in_its_files_count(tmp_path: Path, alon
     write(folder / "2.csv", [BEN])
     assert np.array_equal(total_of(service, asks.train()), alone(ADA) + alone(BEN))
     (folder / ".3.csv.tmp").write_text("half a li")
-    (folder / "3.csv").write_bytes(b"user,a,b,y\n\xff")
+    (folder / "3.csv").write_bytes(b"user,a,b,\xff")
     assert np.array_equal(total_of(service, asks.train()), alone(ADA) + alone(BEN))
     (folder / "1.csv").unlink()
     assert np.array_equal(total_of(service, asks.train()), alone(BEN))

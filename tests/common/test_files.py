@@ -157,3 +157,19 @@ def test_folders_are_made_with_those_above_them(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(UmbelError, match="Choose another place"):
             make_folder(path)
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_what_lies_in_the_place_of_a_staged_file_is_not_written_through(tmp_path, is_link):
+    """Neither a link to another file nor a file that others can read gets the bytes of a secret."""
+    other, staged = tmp_path / "other", tmp_path / ".key.tmp"
+    other.write_text("kept")
+    if is_link:
+        staged.symlink_to(other)
+    else:
+        staged.touch()
+        staged.chmod(0o666)
+    write_durably(tmp_path / "key", b"secret", mode=0o600)
+    found = (tmp_path / "key").lstat()
+    assert (stat.S_ISREG(found.st_mode), found.st_mode & 0o777) == (True, 0o600)
+    assert other.read_text() == "kept"

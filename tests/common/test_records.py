@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import struct
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -241,3 +242,19 @@ def test_a_contribution_of_another_protocol_is_refused(version):
     with pytest.raises(Refused) as refusal:
         Contribution.decode(encode(fields | {"protocol": version}, {"total": np.zeros(1, np.int64)}))
     assert refusal.value.code == "protocol"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"arrays":{"x":["<i8",[' + b",".join([b"9" * 4000] * 900) + b']]},"header":{}}',
+        b'{"arrays":{},"header":{"x":[' + b",".join([b"[]"] * 3_000_000) + b"]}}",
+    ],
+    ids=["a product of long numbers", "a long header"],
+)
+def test_bytes_that_nobody_has_signed_cost_no_more_than_reading_them(text):
+    """A shape that would take minutes to multiply, or a header that would fill the memory, is refused at once."""
+    begun = time.process_time()
+    with pytest.raises(Refused, match="canonical"):
+        decode(encode({}, {})[:8] + struct.pack("<I", len(text)) + text)
+    assert time.process_time() - begun < 1

@@ -119,6 +119,14 @@ def test_text_in_a_database_that_is_not_utf8_is_one_cell(tmp_path: Path) -> None
     assert read_cells(path, ["user"]).columns["user"] == ("an\\xff", "b\u00e9a")
 
 
+def test_text_in_a_file_that_is_not_utf8_is_one_cell(tmp_path: Path) -> None:
+    """One user's bytes do not make the rows of all others unreadable."""
+    path = tmp_path / "t.csv"
+    path.write_bytes("user,y\nb\u00e9a,1\n".encode() + b"an\xff,2\n")
+    cells = read_cells(path, ["user", "y"])
+    assert (cells.columns["user"], cells.columns["y"]) == (("b\u00e9a", "an\\xff"), ("1", "2"))
+
+
 def test_a_long_cell_is_one_cell(tmp_path: Path) -> None:
     """CSV has no limit that one user's text could exceed for the whole file."""
     path = tmp_path / "t.csv"
@@ -140,7 +148,7 @@ def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest
         (b"a,b\n", "at least one row of data"),
         (b"a,b\n\n\n", "at least one row of data"),
         (b"a,a\n1,2\n", "one column 'a', got twice"),
-        (b"a,b\n\xff,2\n", "Expected text in UTF-8"),
+        (b"\xff,b\n1,2\n", "Expected text in UTF-8"),
         (b'a,b\n"1,2\n3,4\n', "Expected CSV, got this problem: unexpected end of data"),
     ],
 )
@@ -221,7 +229,7 @@ def test_files_of_a_folder_are_one_table(tmp_path: Path) -> None:
     (tmp_path / "2.csv").write_text("y,user\n2,b\n")
     (tmp_path / "1.csv").write_text("user,y\na,1\na,3\n")
     (tmp_path / "3.csv").write_text("user,y\n")
-    (tmp_path / "4.csv").write_bytes(b"user,y\n\xff,1\n")
+    (tmp_path / "4.csv").write_bytes(b"user,y,\xff\nd,1,2\n")
     (tmp_path / ".5.csv").write_text("user,y\nhidden,1\n")
     (tmp_path / "6.csv.part").write_text("user,y\nhalf")
     cells = read_cells(tmp_path, ["user", "y"])

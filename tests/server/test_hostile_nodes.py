@@ -101,6 +101,24 @@ def test_a_false_acknowledgement_does_not_stop_the_run(tmp_path, acknowledged):
     assert all(release[0] in (1000, 2000) for release in run.releases.values())
 
 
+def test_a_node_that_has_lost_its_store_is_told_the_whole_ledger_again(tmp_path):
+    """It says that lines are missing, and counts again in the next round of the same run."""
+    app, gaps = federation_of(contribution), []
+
+    def forgetful(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train.contribute" and context.node_config["partition-id"] == 1:
+            broadcast = Broadcast.decode(wire.read_request(message)[0])
+            if broadcast.server_round > 1 and broadcast.digests_from > 0:
+                gaps.append(broadcast.server_round)
+                return wire.refusal("ledger_gap", message)
+        return app(message=message, context=context)
+
+    config = prepare(configuration(tmp_path / "run", training__rounds=3))
+    run = run_app(config, forgetful)
+    assert gaps == [2]
+    assert [metric["answered"] for metric in run.metrics] == [2, 1, 2]
+
+
 def test_a_name_is_taken_once(tmp_path):
     """Two connections that give one registered name are not both invited: users would be counted twice."""
     app = federation_of(contribution)

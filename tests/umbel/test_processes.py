@@ -87,6 +87,23 @@ def test_children_end_with_their_parent(started: Callable[[list[str]], Process])
     wait_for(lambda: processes.group_of(first) == processes.group_of(second) == [])
 
 
+@pytest.mark.parametrize("when", ["another boot", "later"])
+def test_orphans_of_another_with_the_same_number_are_left_alone(
+    started: Callable[[list[str]], Process], tmp_path: Path, when: str
+) -> None:
+    """What is left of a group whose leader had our number in an earlier boot, or began before ours, is not ours."""
+    other = started(PARENT)
+    wait_for(lambda: len(processes.group_of(other)) == 2)
+    os.kill(other.pid, signal.SIGKILL)
+    wait_for(lambda: not processes.is_running(other))
+    boot, _, ticks = other.started.partition("-")
+    began = f"00000000-{ticks}" if when == "another boot" else f"{boot}-{10**15}"
+    remembered = Process(pid=other.pid, started=began)
+    assert len(processes.group_of(other)) == 1
+    assert processes.stop([remembered], seconds=0) == []
+    assert len(processes.group_of(other)) == 1
+
+
 def test_who_holds_a_lock_is_seen(tmp_path: Path) -> None:
     """While it is held, and without taking it."""
     path = tmp_path / "ledger"
