@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from client.applied import AppliedBatch, add_events, batches, event_tags
 from client.store_file import FULL, MEMORY, connect, shred_set_aside_files, storage_errors
 from common.errors import Refused, StorageError, UmbelError
 from common.model import Array, IntArray, PersonalState, SharedModel
@@ -41,6 +42,8 @@ class StoredStates:
         b: `n x k`.
         scale: `n`.
         precision: `n x (r+k) x (r+k)`.
+        share: `n x k`, the share of b's variance in each slot's prior; 0 where it was not kept.
+        batch: `n` int64, the last batch of events that each state was updated with; 0 for none.
     """
 
     found: BoolArray
@@ -50,6 +53,8 @@ class StoredStates:
     b: Array
     scale: Array
     precision: Array
+    share: Array
+    batch: IntArray
 
     def with_model(self, model: SharedModel) -> PersonalState:
         """The states as posteriors under the model they came from; the prior where none was found."""
@@ -341,18 +346,8 @@ class DeviceStore:
                 f"Expected a state of {len(users)} users and a digest of 32 bytes, "
                 f"got {len(state.w)} users and {len(model_digest)} bytes."
             )
-        records = _pack(state)
-        width, data = records.shape[1] * 8, records.tobytes()
-        rank, sparsity = state.w.shape[1], state.b.shape[1]
         with self._transaction(write=True) as connection:
-            connection.executemany(
-                "INSERT OR REPLACE INTO states (user, rank, sparsity, model_digest, record) "
-                "SELECT ?1, ?2, ?3, ?4, ?5 FROM users WHERE id = ?1 AND NOT forgotten",
-                (
-                    (user, rank, sparsity, model_digest, data[i * width : (i + 1) * width])
-                    for i, user in enumerate(self._ids_of(users))
-                ),
-            )
+            _save(connection, self._ids_of(users), state, model_digest, share=None, batch=0)
 
     def load_states(self, users: Sequence[str], layout: tuple[int, int] | None = None) -> StoredStates:
         """The posteriors of `users`, in their order.
@@ -363,13 +358,21 @@ class DeviceStore:
                 a state of another layout are not found.
         """
         with self._transaction(write=False) as connection:
-            ids = self._ids_of(users)
-            rows = connection.execute(
-                "SELECT user, rank, sparsity, model_digest, record FROM json_each(?) CROSS JOIN states ON user = value",
-                (json.dumps(ids),),
-            ).fetchall()
-        rank, sparsity = layout or next(((row[1], row[2]) for row in rows), (0, 0))
-        return _unpack(ids, [row for row in rows if row[1:3] == (rank, sparsity)], rank, sparsity)
+            return _load(connection, self._ids_of(users), layout)
+
+    def batches(self) -> list[AppliedBatch]:
+        """The batches of events that states were updated with."""
+        with self._transaction(write=False) as connection:
+            return batches(connection)
+
+    @contextmanager
+    def changing(self) -> Iterator["StateChanges"]:
+        """One transaction in which states are read, changed and saved together with the events that changed them.
+
+        Nobody else writes to the file meanwhile, so it has to be short.
+        """
+        with self._transaction(write=True) as connection:
+            yield StateChanges(connection, self._key, self._ids_of)
 
     def save_model(self, digest: bytes, record: bytes) -> None:
         """Keep a released model beside the states; others that no state was computed with are dropped.
@@ -407,6 +410,7 @@ class DeviceStore:
             if row is None:
                 raise _unknown_user()
             connection.execute("DELETE FROM states WHERE user = ?", row)
+            connection.execute("DELETE FROM events WHERE owner = ?", row)
             connection.execute("UPDATE users SET forgotten = 1 WHERE id = ?", row)
             connection.execute("UPDATE device SET erasing = 1")
             for rowid, charged in connection.execute("SELECT rowid, charged FROM charges").fetchall():
@@ -456,6 +460,87 @@ class DeviceStore:
         if len(set(ids)) != len(ids):
             raise ValueError("Expected each user once, got a repeated one.")
         return ids
+
+
+class StateChanges:
+    """What may be done to states and events inside `DeviceStore.changing`."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, key: bytes, ids_of: Callable[[Sequence[str]], list[int]]
+    ) -> None:
+        """Not for callers."""
+        self.connection = connection
+        self._key, self._ids_of = key, ids_of
+
+    def forgotten(self, users: Sequence[str]) -> BoolArray:
+        """`n` bool, who was forgotten and not enrolled again."""
+        gone = {i for (i,) in self.connection.execute("SELECT id FROM users WHERE forgotten")}
+        return np.array([i in gone for i in self._ids_of(users)], np.bool_)
+
+    def add_events(self, users: Sequence[str], user: IntArray, events: Sequence[str]) -> BoolArray:
+        """Enter events by their ids; returns which were not known of their user, the first of equal ones being so.
+
+        Args:
+            users: Each once.
+            user: `N` int64, whose each event is, as a place in `users`.
+            events: `N` ids.
+        """
+        ids = np.array(self._ids_of(users), np.int64)
+        return add_events(self.connection, ids[user], event_tags(self._key, events))
+
+    def model_digests(self, users: Sequence[str]) -> list[bytes | None]:
+        """Which model each user's state was computed with, None where there is no state."""
+        query = "SELECT model_digest FROM states WHERE user = ?"
+        rows = (self.connection.execute(query, (i,)).fetchone() for i in self._ids_of(users))
+        return [None if row is None else bytes(row[0]) for row in rows]
+
+    def models(self) -> list[tuple[bytes, bytes, int | None]]:
+        """Digest, record and the sparsity of the states of each model that is kept, the one saved last at the end."""
+        query = "SELECT digest, record, (SELECT max(sparsity) FROM states WHERE model_digest = digest) FROM models"
+        return [(bytes(d), bytes(r), sparsity) for d, r, sparsity in self.connection.execute(f"{query} ORDER BY id")]
+
+    def load(self, users: Sequence[str], layout: tuple[int, int]) -> StoredStates:
+        """As `DeviceStore.load_states`."""
+        return _load(self.connection, self._ids_of(users), layout)
+
+    def save(
+        self, users: Sequence[str], state: PersonalState, model_digest: bytes, *, share: Array, batch: int
+    ) -> None:
+        """As `DeviceStore.save_states`, with the shares of b's variance and the number of the batch of events."""
+        _save(self.connection, self._ids_of(users), state, model_digest, share=share, batch=batch)
+
+
+def _save(
+    connection: sqlite3.Connection,
+    ids: Sequence[int],
+    state: PersonalState,
+    model_digest: bytes,
+    *,
+    share: Array | None,
+    batch: int,
+) -> None:
+    records = _pack(state)
+    width, data = records.shape[1] * 8, records.tobytes()
+    rank, sparsity = state.w.shape[1], state.b.shape[1]
+    shares = [None] * len(ids) if share is None else [row.astype("<f8").tobytes() for row in share]
+    connection.executemany(
+        "INSERT OR REPLACE INTO states (user, rank, sparsity, model_digest, record, share, batch) "
+        "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7 FROM users WHERE id = ?1 AND NOT forgotten",
+        (
+            (user, rank, sparsity, model_digest, data[i * width : (i + 1) * width], shares[i], batch)
+            for i, user in enumerate(ids)
+        ),
+    )
+
+
+def _load(connection: sqlite3.Connection, ids: list[int], layout: tuple[int, int] | None) -> StoredStates:
+    rows = connection.execute(
+        "SELECT user, rank, sparsity, model_digest, record, share, batch "
+        "FROM json_each(?) CROSS JOIN states ON user = value",
+        (json.dumps(ids),),
+    ).fetchall()
+    rank, sparsity = layout or next(((row[1], row[2]) for row in rows), (0, 0))
+    return _unpack(ids, [row for row in rows if row[1:3] == (rank, sparsity)], rank, sparsity)
 
 
 def _acknowledged(connection: sqlite3.Connection, ledger_id: str) -> tuple[int, bytes]:
@@ -535,12 +620,17 @@ def _unpack(ids: list[int], rows: list[tuple[Any, ...]], rank: int, sparsity: in
     records[:, rank : rank + sparsity] = -1
     digests = np.zeros((len(ids), 32), np.uint8)
     found = np.zeros(len(ids), np.bool_)
+    share, batch = np.zeros((len(ids), sparsity)), np.zeros(len(ids), np.int64)
     if rows:
         place = {user: position for position, user in enumerate(ids)}
         index = [place[row[0]] for row in rows]
         records[index] = np.frombuffer(b"".join(row[4] for row in rows), "<f8").reshape(-1, width)
         digests[index] = np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, 32)
         found[index] = True
+        batch[index] = [row[6] for row in rows]
+        for place_of, row in zip(index, rows, strict=True):
+            if row[5] is not None:
+                share[place_of] = np.frombuffer(row[5], "<f8")
     w, support, b, scale, triangle = np.split(records, np.cumsum([rank, sparsity, sparsity, 1]).tolist(), axis=1)
     precision = np.zeros((len(ids), size, size))
     precision[:, upper[0], upper[1]] = triangle
@@ -553,4 +643,6 @@ def _unpack(ids: list[int], rows: list[tuple[Any, ...]], rank: int, sparsity: in
         b=b,
         scale=scale[:, 0],
         precision=precision,
+        share=share,
+        batch=batch,
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from client.applied import TABLES
 from common.errors import StorageError, UmbelError
 from common.files import sync_directory
 from common.model import IntArray
@@ -26,7 +27,7 @@ from common.model import IntArray
 MEMORY = ":memory:"
 FULL = 2**62
 """The filter of a user who can contribute no more: above every limit, and no cost changes it."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _APPLICATION_ID = 0x756D6231  # "umb1"
 _LOCK_TIMEOUT = 10.0
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -73,14 +74,16 @@ CREATE TABLE states (
     rank INTEGER NOT NULL,
     sparsity INTEGER NOT NULL,
     model_digest BLOB NOT NULL,
-    record BLOB NOT NULL
+    record BLOB NOT NULL,
+    share BLOB,
+    batch INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE models (
     id INTEGER PRIMARY KEY,
     digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
     record BLOB NOT NULL
 );
-"""
+{TABLES}"""
 
 _FROM_VERSION_1 = """
 ALTER TABLE users ADD COLUMN contributions INTEGER NOT NULL DEFAULT 0
@@ -95,6 +98,11 @@ CREATE TABLE models (
     record BLOB NOT NULL
 );
 """
+
+_FROM_VERSION_2 = f"""
+ALTER TABLE states ADD COLUMN share BLOB;
+ALTER TABLE states ADD COLUMN batch INTEGER NOT NULL DEFAULT 0;
+{TABLES}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,19 +285,27 @@ def _version(connection: sqlite3.Connection) -> int:
 def _migrate(path: Path) -> None:
     """Bring a sound file of an earlier version to this one, in one transaction."""
     with closing(_configured(str(path))) as connection:
-        if _version(connection) == SCHEMA_VERSION:
+        version = _version(connection)
+        if version == SCHEMA_VERSION:
             return
         connection.execute("BEGIN IMMEDIATE")
-        for statement in _statements(_FROM_VERSION_1):
+        if version == 1:
+            _count_contributions(connection)
+        for statement in _statements(_FROM_VERSION_2):
             connection.execute(statement)
-        charges = connection.execute("SELECT ledger_id, sequence, cost, charged FROM charges").fetchall()
-        counted = _recount(charges)[1]
-        rows = connection.execute("SELECT id, forgotten FROM users").fetchall()
-        # a forgotten user is in no record any more, and may have been in all of them
-        counts = [(len(charges) if gone else int(counted[i]) if i < counted.size else 0, i) for i, gone in rows]
-        connection.executemany("UPDATE users SET contributions = ? WHERE id = ?", counts)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")
+
+
+def _count_contributions(connection: sqlite3.Connection) -> None:
+    for statement in _statements(_FROM_VERSION_1):
+        connection.execute(statement)
+    charges = connection.execute("SELECT ledger_id, sequence, cost, charged FROM charges").fetchall()
+    counted = _recount(charges)[1]
+    rows = connection.execute("SELECT id, forgotten FROM users").fetchall()
+    # a forgotten user is in no record any more, and may have been in all of them
+    counts = [(len(charges) if gone else int(counted[i]) if i < counted.size else 0, i) for i, gone in rows]
+    connection.executemany("UPDATE users SET contributions = ? WHERE id = ?", counts)
 
 
 def _statements(script: str) -> Iterator[str]:

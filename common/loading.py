@@ -160,50 +160,73 @@ def public_schema(data: DataConfig, family: Family = "squared") -> DataSchema:
     return _schema(encoded.names, np.diag(encoded.declared_moment), data, family)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Inputs:
-    """Examples without targets.
+class InputEncoder:
+    """Makes features of cells as they are declared for the training data; a public list of items is read once."""
 
-    Attributes:
-        X: `N x d`.
-        row: `N` int64, the number of each in its file.
-        usable: `N` bool, whether it has all the features as declared; `X` is of no meaning where not.
-        problems: One line for each of the first that have not.
-    """
+    def __init__(self, data: DataConfig) -> None:
+        """Read what is public.
 
-    X: Array
-    row: IntArray
-    usable: BoolArray
-    problems: tuple[str, ...]
+        Args:
+            data: The section `data`; its source need not exist.
+
+        Raises:
+            DataError: If a public file or a declaration is missing.
+        """
+        source = Path(data.source)
+        movies = _is_movielens(source, data)
+        if data.source == "synthetic" or not (data.features or _is_ratings(data) or movies):
+            raise DataError(
+                "Expected data.features or a public list of items, got neither, so an input has no meaning."
+            )
+        self._data, self._item = data, ""
+        self._items: ItemTable | None = None
+        if movies:
+            self._items = read_movies(find_movies(source, data.format))
+        elif _is_ratings(data):
+            self._items = _public_items(data)
+
+    def columns(self, known: Sequence[str], path: Path) -> list[str]:
+        """Which of the columns of `path` it needs.
+
+        Raises:
+            DataError: If `known` has none for the items.
+        """
+        if self._items is None:
+            return [feature.name for feature in self._data.features]
+        self._item = _column("item", self._data.item, known, path)
+        return [self._item]
+
+    def encode(self, cells: Cells) -> tuple[Array, tuple[Check, ...], int]:
+        """`N x d` features, what is wrong with them, and how many numbers lay outside their declared range."""
+        if self._items is None:
+            encoded = encode_features(cells.columns, self._data.features)
+            return encoded.X, encoded.checks, encoded.num_clipped
+        item = np.array([self._items.index.get(name, -1) for name in as_texts(cells.columns[self._item])], np.int64)
+        expected = "an item of the public list"
+        return self._items.table[item], (Check(column=self._item, expected=expected, bad=item < 0),), 0
 
 
-def load_inputs(path: Path, data: DataConfig) -> Inputs:
-    """Read examples to predict for, with the features that are declared for the training data.
-
-    Args:
-        path: A file of any format that a source may have.
-        data: The section `data`; its source need not exist.
+def user_column(known: Sequence[str], data: DataConfig, path: Path) -> str | None:
+    """The column of users; None where all rows are the owner's of the device.
 
     Raises:
-        DataError: If a file, column or declaration is missing.
+        DataError: If there is none.
     """
-    source = Path(data.source)
-    if data.source == "synthetic" or not (data.features or _is_ratings(data) or _is_movielens(source, data)):
-        raise DataError("Expected data.features or a public list of items, got neither, so an input has no meaning.")
-    if _is_movielens(source, data) or _is_ratings(data):
-        items = read_movies(find_movies(source, data.format)) if _is_movielens(source, data) else _public_items(data)
-        column = _column("item", data.item, column_names(path, table=data.table), path)
-        cells = read_cells(path, [column], table=data.table)
-        item = np.array([items.index.get(name, -1) for name in as_texts(cells.columns[column])], np.int64)
-        checks: tuple[Check, ...] = (Check(column=column, expected="an item of the public list", bad=item < 0),)
-        X = items.table[item]
-    else:
-        cells = read_cells(path, [feature.name for feature in data.features], table=data.table)
-        encoded = encode_features(cells.columns, data.features)
-        X, checks = encoded.X, encoded.checks
-    checks = (completeness(cells, column_names(path, table=data.table)), *checks)
-    named = describe_bad_rows(cells, checks, limit=_SHOWN_BAD_ROWS)
-    return Inputs(X=X, row=cells.rows, usable=~bad_rows(cells, checks), problems=(*cells.unread, *named))
+    return None if data.user == ONE_USER else _column("user", data.user, known, path)
+
+
+def target_column(known: Sequence[str], data: DataConfig, path: Path) -> str:
+    """The column of the target.
+
+    Raises:
+        DataError: If there is none.
+    """
+    return _column("target", data.target, known, path)
+
+
+def users_of(cells: Cells, column: str | None) -> list[str]:
+    """Whose each row is; the owner's of a device whose table has no column of users."""
+    return [_OWNER] * cells.rows.size if column is None else as_texts(cells.columns[column])
 
 
 def refuse_bad_rows(named: Sequence[str], count: int) -> None:

@@ -20,7 +20,7 @@ import click
 import typer
 
 from common.errors import BudgetExhausted, UmbelError
-from umbel import cli_federation, cli_ledger, cli_node, cli_provision
+from umbel import cli_federation, cli_incremental, cli_ledger, cli_node, cli_provision
 from umbel.characters import spell_out
 from umbel.commands import Format, FormatOption, PlainCommand, print_json
 
@@ -66,6 +66,7 @@ app = typer.Typer(
 app.add_typer(cli_ledger.commands, name="ledger")
 app.add_typer(cli_federation.commands)
 app.add_typer(cli_node.commands)
+app.add_typer(cli_incremental.commands)
 app.add_typer(cli_provision.commands)
 
 
@@ -169,6 +170,7 @@ def _options(
 Examples:
   umbel simulate
   umbel simulate --data ml-1m --epsilon 2 --rounds 20 --ledger ml-1m.jsonl --out runs/first
+  umbel simulate --data ml-1m --epsilon 1 --rounds 5 --ledger ml-1m.jsonl --start runs/first
   umbel simulate --resume runs/first""",
     cls=PlainCommand,
 )
@@ -189,6 +191,9 @@ def simulate(
     rounds: Annotated[int | None, typer.Option(help="How many releases.")] = None,
     algorithm: Annotated[
         str | None, typer.Option(help="gradient, or amht-lrs: alternating minimization as published.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(metavar="RUN|MODEL", help="Start from the model of an earlier run on the ledger.")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="in-process or flower.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Into how many nodes the users are split.")] = None,
@@ -235,6 +240,7 @@ def simulate(
             "model.sparsity": sparsity,
             "training.rounds": rounds,
             "training.algorithm": algorithm,
+            "training.start": start,
             "training.engine": engine,
             "training.nodes": nodes,
             "privacy.epsilon": epsilon,

@@ -1,4 +1,4 @@
-"""`umbel node`, `umbel predict` and `umbel forget`: what runs on a device."""
+"""`umbel node` and `umbel forget`: what runs on a device."""
 
 import sys
 from pathlib import Path
@@ -44,36 +44,6 @@ def node(
 @commands.command(
     epilog="""\b
 Examples:
-  umbel predict node.toml --user ann --input new.csv
-  umbel predict node.toml --user ann --input new.csv --format json""",
-    cls=PlainCommand,
-)
-def predict(
-    settings: SettingsArgument,
-    *,
-    user: Annotated[str, typer.Option(help="Whose answers.")],
-    inputs: Annotated[Path, typer.Option("--input", help="Rows to answer for, with the features' columns.")],
-    output: FormatOption = Format.TEXT,
-) -> None:
-    """Answer for a user of this device, without the server."""
-    from umbel.predict import predict as answer
-
-    document = answer(settings, user, inputs)
-    if output is Format.JSON:
-        print_json(document)
-        return
-    if document["source"] == "prior":
-        _say("Nothing is kept of this user: these are the answers for anybody.")
-    for problem in document["problems"]:
-        _say(f"left out: {problem}")
-    print("row,score")  # noqa: T201 (the command line's voice)
-    for row, score in zip(document["rows"], document["scores"], strict=True):
-        print(f"{row},{'' if score is None else format(score, '.9g')}")  # noqa: T201
-
-
-@commands.command(
-    epilog="""\b
-Examples:
   umbel forget node.toml ann
   umbel forget node.toml ann --yes --format json
   umbel forget node.toml ann --enrol
@@ -91,7 +61,7 @@ def forget(
     """Erase what this device keeps of a user, who contributes nothing from then on."""
     from client.settings import load_settings
     from common.errors import UmbelError
-    from umbel.predict import open_store
+    from umbel.node_state import open_store
 
     with open_store(load_settings(settings)) as store:
         if enrol:

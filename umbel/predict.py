@@ -1,33 +1,81 @@
-"""What a device answers for its own users, from what it keeps: no server, no Flower, nothing that leaves."""
+"""What is answered on a device from what it keeps: no server, no Flower, nothing that leaves."""
 
+import os
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from client.kept_model import KeptModel
-from client.settings import NodeSettings, load_settings
-from client.store import DeviceStore
-from client.store_file import MEMORY
+from client.entity_store import EntityStore
+from client.mixed_effects import Events, score_events
 from common.errors import UmbelError
-from common.loading import load_inputs, public_schema
-from common.model import Array, SharedModel
+from common.model import Array, IntArray
+from common.streaming import EventSource, open_source, paths_of
+from common.tables import BoolArray
+from umbel.event_rows import EntityReader, numbered
+from umbel.local_state import open_state
+
+if TYPE_CHECKING:
+    from umbel.node_state import NodeState
+
+_CELLS, _MOST_ROWS = 2_000_000, 50_000
+_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Personal:
-    """The parameters that a user's predictions are made with.
+class Question:
+    """What is asked.
 
     Attributes:
-        theta: `d`, beta + U w + b; beta alone where nothing is kept of the user.
-        kept: The model behind it.
-        source: "posterior", or "prior" where nothing is kept of the user.
+        user: Whose answers; None where the rows say whose each is. Who is unknown gets what is expected of anybody.
+        uncertainty: Whether to say how sure the answers are.
+        seed: Of Thompson sampling's draws; None for none.
     """
 
-    theta: Array
-    kept: KeptModel
-    source: str
+    user: str | None = None
+    uncertainty: bool = False
+    seed: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """Answers for some rows; of no meaning where one is not usable.
+
+    Attributes:
+        row: `N` int64, their numbers in the file.
+        usable: `N` bool, whether a row has all it should have.
+        known: `N` bool, whether something is kept of whom it is about.
+        score: `N`, what is expected of y: in the target's own units, or for `logistic` the probability of a 1.
+        stddev: `N`, of the linear predictor: of y's expectation, or for `logistic` of its log odds. 0 if not asked for.
+        drawn: `N`, the score with coefficients drawn from the posterior, once for each user; `score` if not asked for.
+        problems: One line for each of the first rows that are not usable.
+    """
+
+    row: IntArray
+    usable: BoolArray
+    known: BoolArray
+    score: Array
+    stddev: Array
+    drawn: Array
+    problems: tuple[str, ...]
+
+
+class Answering(Protocol):
+    """Something that can be asked."""
+
+    @property
+    def family(self) -> str:
+        """Loss family."""
+
+    @property
+    def run(self) -> str | None:
+        """Which run released the model, if one did."""
+
+    def answers(self, source: EventSource, question: Question) -> Iterator[Answers]:
+        """For every row of a source, a piece at a time."""
 
 
 def scores(X: Array, theta: Array, *, family: str, target_offset: float) -> Array:
@@ -39,81 +87,136 @@ def scores(X: Array, theta: Array, *, family: str, target_offset: float) -> Arra
         family: Loss family.
         target_offset: What was taken off the target.
     """
-    eta: Array = (X * theta).sum(axis=1)
+    return expected((X * theta).sum(axis=1), family, target_offset)
+
+
+def new_seed(seed: int | None) -> bytes:
+    """Of the draws of Thompson sampling: to repeat them, or from the operating system."""
+    return os.urandom(16) if seed is None else f"seed {seed}".encode()
+
+
+def answer(path: Path, inputs: Path, question: Question) -> Iterator[tuple[Answering, Answers]]:
+    """Answers for every row of a file, a folder or a pipe, a piece at a time.
+
+    Args:
+        path: A store of entities, a node's settings, or its store.
+        inputs: Rows with the columns of the features, and of whose they are unless `question.user` says.
+        question: What is asked.
+
+    Raises:
+        UmbelError: If the store or the inputs cannot be used.
+    """
+    with open_state(path) as state:
+        table, answering = _answering(state)
+        for file in paths_of(inputs):
+            with closing(open_source(file, table=table)) as source:
+                for some in answering.answers(source, question):
+                    yield answering, some
+
+
+def predict(
+    path: Path, user: str | None, inputs: Path, *, uncertainty: bool = False, seed: bytes | None = None
+) -> dict[str, Any]:
+    """Answers for every row, as one document.
+
+    Args:
+        path: As `answer`.
+        user: As `Question`.
+        inputs: As `answer`.
+        uncertainty: As `Question`.
+        seed: As `Question`.
+
+    Returns:
+        `user`, `source` ("posterior", "prior" where nothing is kept of anybody in the rows, or "mixed"), `run`,
+        `family`, `rows` (their numbers in the file), `scores` (one a row; null where a row lacks a feature), `stddev`
+        and `thompson` likewise where they were asked for, and `problems`.
+    """
+    found = list(answer(path, inputs, Question(user=user, uncertainty=uncertainty, seed=seed)))
+    pieces = [some for _, some in found]
+    known = np.concatenate([some.known[some.usable] for some in pieces] or [np.zeros(0, np.bool_)])
+    document: dict[str, Any] = {
+        "user": user,
+        "source": "posterior" if known.size and known.all() else "mixed" if known.any() else "prior",
+        "run": found[0][0].run if found else None,
+        "family": found[0][0].family if found else None,
+        "rows": [row for some in pieces for row in some.row.tolist()],
+        "scores": [value for some in pieces for value in _plain(some.score, some)],
+    }
+    if uncertainty:
+        document["stddev"] = [value for some in pieces for value in _plain(some.stddev, some)]
+    if seed is not None:
+        document["thompson"] = [value for some in pieces for value in _plain(some.drawn, some)]
+    return document | {"problems": [problem for some in pieces for problem in some.problems][:_SHOWN]}
+
+
+def _answering(state: "NodeState | EntityStore") -> tuple[str | None, Answering]:
+    """The table that inputs of a SQLite file are in, and what answers."""
+    if isinstance(state, EntityStore):
+        return None, _Entities(state)
+    from umbel.predict_node import NodeAnswers  # noqa: PLC0415  only nodes need what it imports
+
+    return state.settings.data.table, NodeAnswers(state)
+
+
+def _plain(values: Array, some: Answers) -> list[float | None]:
+    good = some.usable & np.isfinite(values)
+    return [value if fine else None for value, fine in zip(values.tolist(), good.tolist(), strict=True)]
+
+
+def rows_at_once(dimension: int) -> int:
+    """How many rows of so many features are a piece."""
+    return max(1, min(_CELLS // (dimension + 4), _MOST_ROWS))
+
+
+def expected(eta: Array, family: str, target_offset: float) -> Array:
+    """`N`, what is expected of y for the linear predictors `eta`."""
     if family == "logistic":
-        return np.where(eta >= 0, 1.0, np.exp(-np.abs(eta))) / (1.0 + np.exp(-np.abs(eta)))
+        small = np.exp(-np.abs(eta))
+        return np.where(eta >= 0, 1.0, small) / (1.0 + small)
     return eta + target_offset
 
 
-def prior_theta(model: SharedModel) -> Array:
-    """`d`, the parameters of a user of whom nothing is known."""
-    return model.beta
+class _Entities:
+    """A store of entities."""
 
+    run = None
 
-def personal(store: DeviceStore, user: str) -> Personal:
-    """What the store has for a user.
+    def __init__(self, store: EntityStore) -> None:
+        self._store, self.family = store, store.settings.family
 
-    Raises:
-        UmbelError: If the store has no model yet.
-    """
-    if store.known([user])[0]:
-        states = store.load_states([user])
-        if states.found[0]:
-            record = store.load_model(states.model_digest[0].tobytes())
-            if record is not None:
-                kept = KeptModel.decode(record)
-                return Personal(theta=states.with_model(kept.model).theta[0], kept=kept, source="posterior")
-    newest = store.load_model()
-    if newest is None:
-        raise UmbelError(
-            "Expected a model on this device, got none yet. It comes with the end of a run: keep umbel node running."
-        )
-    kept = KeptModel.decode(newest)
-    return Personal(theta=prior_theta(kept.model), kept=kept, source="prior")
-
-
-def open_store(settings: NodeSettings) -> DeviceStore:
-    """The store of a node that has run before.
-
-    Raises:
-        UmbelError: If there is none.
-        StorageError: If it cannot be read.
-    """
-    path = settings.store.format(partition=settings.partition)
-    if path == MEMORY or not Path(path).is_file():
-        raise UmbelError(f"Expected the node's store, got store={path}, which is not there. Run umbel node first.")
-    return DeviceStore.open(path, ())
-
-
-def predict(settings_path: Path, user: str, inputs: Path) -> dict[str, Any]:
-    """Answer for every row of a file.
-
-    Args:
-        settings_path: The node's TOML file.
-        user: Whose answers; who is unknown gets what is expected of anybody.
-        inputs: A file with the columns that are declared as features, or with items.
-
-    Returns:
-        `user`, `source` ("posterior" or "prior"), `run`, `family`, `scores` (one a row; null where a row lacks a
-        feature), `rows` (their numbers in the file) and `problems`.
-    """
-    settings = load_settings(settings_path)
-    with open_store(settings) as store:
-        found = personal(store, user)
-    schema = public_schema(settings.data, settings.family)
-    if found.kept.schema != schema.digest:
-        raise UmbelError(
-            "Expected the columns and the target's range of the kept model, got others in [data]. "
-            "Undo the change, or wait for the end of the next run."
-        )
-    given = load_inputs(inputs, settings.data)
-    values = scores(given.X, found.theta, family=found.kept.family, target_offset=schema.target_offset)
-    return {
-        "user": user,
-        "source": found.source,
-        "run": found.kept.run,
-        "family": found.kept.family,
-        "rows": given.row.tolist(),
-        "scores": [float(v) if good else None for v, good in zip(values, given.usable, strict=True)],
-        "problems": list(given.problems),
-    }
+    def answers(self, source: EventSource, question: Question) -> Iterator[Answers]:
+        store, settings = self._store, self._store.settings
+        if question.user is not None and len(settings.entities) > 1:
+            raise UmbelError(
+                f"Expected rows with the columns {', '.join(settings.entities)}, got --user. Leave it out: one name is "
+                "not enough for a score."
+            )
+        reader = EntityReader(settings, source, targets=False, entity=question.user)
+        size = rows_at_once(settings.dimension)
+        for piece in source.pieces(reader.columns, rows=size):
+            rows = reader.read(piece.cells)
+            grouped = [numbered(names) for names in rows.names]
+            events = Events(
+                X=rows.X,
+                y=rows.y,
+                weight=rows.weight,
+                entity=tuple(code for _, code in grouped),
+                tags=tuple(store.tags(kind, names) for kind, (names, _) in enumerate(grouped)),
+            )
+            found = score_events(
+                store.load,
+                events,
+                settings=settings,
+                fixed=store.fixed,
+                spread=question.uncertainty,
+                seed=question.seed,
+            )
+            yield Answers(
+                row=piece.cells.rows,
+                usable=rows.usable,
+                known=found.known,
+                score=expected(found.mean, self.family, 0.0),
+                stddev=found.stddev,
+                drawn=expected(found.drawn, self.family, 0.0),
+                problems=rows.problems,
+            )

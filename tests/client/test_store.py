@@ -644,9 +644,9 @@ def test_a_newer_schema_is_refused_and_left_alone(path):
     """An older program must not touch what it does not understand."""
     DeviceStore.open(path, USERS).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 3")
+    connection.execute("PRAGMA user_version = 4")
     connection.close()
-    with pytest.raises(UmbelError, match="got version=3"):
+    with pytest.raises(UmbelError, match="got version=4"):
         DeviceStore.open(path, USERS)
     assert store_file.set_aside_files(path) == []
 
@@ -752,6 +752,37 @@ def test_a_migration_that_is_cut_short_is_done_again(path, monkeypatch):
     monkeypatch.undo()
     with DeviceStore.open(path, USERS) as store:
         is_as_version_1_left_it(store)
+
+
+def test_a_store_of_version_2_is_migrated_in_place(path):
+    """States stay, to the bit; of what they were updated with nothing is known."""
+    with DeviceStore.open(path, USERS) as store:
+        charge(store, 5, [True, False, False])
+        store.save_states(USERS, random_state(3), DIGEST)
+        before = store.load_states(USERS)
+    connection = sqlite3.connect(path)
+    for statement in ("ALTER TABLE states DROP COLUMN share", "ALTER TABLE states DROP COLUMN batch"):
+        connection.execute(statement)
+    connection.executescript("DROP TABLE batches; DROP TABLE events; PRAGMA user_version = 2")
+    connection.close()
+    for _ in range(2):
+        with DeviceStore.open(path, USERS) as store:
+            after = store.load_states(USERS)
+            assert np.array_equal(after.precision, before.precision)
+            assert (after.share.any(), after.batch.any(), store.batches()) == (False, False, [])
+            assert store.contributions(USERS).tolist() == [1, 0, 0]
+
+
+def test_shares_and_batches_are_kept_beside_states_that_were_updated(store):
+    """A state that is saved without them has none, whatever was there before."""
+    state, share = random_state(1), np.array([[0.25, 0.5, 0.0]])
+    with store.changing() as changes:
+        changes.save(["ben"], state, DIGEST, share=share, batch=4)
+        assert changes.model_digests(USERS) == [None, DIGEST, None]
+    found = store.load_states(USERS)
+    assert (found.share[1].tolist(), found.batch.tolist()) == ([0.25, 0.5, 0.0], [0, 4, 0])
+    store.save_states(["ben"], state, DIGEST)
+    assert (store.load_states(USERS).share.any(), store.load_states(USERS).batch.any()) == (False, False)
 
 
 def test_a_store_of_version_1_is_not_migrated_under_a_program_that_uses_it(path):
