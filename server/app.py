@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -20,6 +22,9 @@ from server.settings import RunFolder, load_run
 from server.training import train
 
 _POLL_SECONDS = 0.1
+_HTTP_GRID = "flwr.superlink.grid.http_grid"
+_PULL_SECONDS = 5.0
+"""How long is waited for the pieces of a reply that a node has announced; by Flower's own limit two hours."""
 _ON_THE_WAY_SECONDS = 10.0
 """How much longer than it is waited for a message lives: one whose time is over before a busy SuperLink has read it is
 an error there, and would end the run."""
@@ -82,6 +87,7 @@ class FlowerNodes:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        _bound_pulls()
 
     def node_ids(self) -> list[int]:
         """Nodes that are connected."""
@@ -112,6 +118,17 @@ class FlowerNodes:
                 yield _read(reply, node_id)
             if not replies:
                 time.sleep(_POLL_SECONDS)
+
+
+def _bound_pulls() -> None:
+    """Let a reply that is announced and never sent cost seconds, and the node its place in the round.
+
+    Flower's grid pulls one reply after the other, and waits for each: without a limit one node that dies on the way,
+    or means to, would stop every round.
+    """
+    module = sys.modules.get(_HTTP_GRID)  # where there is none, nothing is pulled
+    if module is not None and not isinstance(module.pull_objects, partial):
+        module.pull_objects = partial(module.pull_objects, max_time=_PULL_SECONDS)  # type: ignore[attr-defined]
 
 
 def _read(reply: Message, node_id: int) -> Answer:
