@@ -8,8 +8,9 @@ import numpy as np
 from client.batches import Design
 from client.grouping import groups
 from client.kept_model import KeptModel
-from client.personal_update import Personal, from_state, update_personal
-from client.store import StateChanges, StoredStates
+from client.personal_update import Personal, from_state, update_personal, with_slots
+from client.refolding import refold
+from client.store import BoolArray, StateChanges, StoredStates
 from common.errors import UmbelError
 from common.families import FAMILIES
 from common.model import Array, IntArray, PersonalState
@@ -82,6 +83,47 @@ def update_users(
                 batch=number,
             )
     return not_converged
+
+
+def refold_users(
+    changes: StateChanges, users: Sequence[str], kept: KeptModel, digest: bytes, *, sparsity: int
+) -> BoolArray:
+    """Carry users whose posteriors hold events over to a new release, without those events.
+
+    Args:
+        changes: The transaction.
+        users: Each once, enrolled.
+        kept: The new release.
+        digest: Of it, in the store.
+        sparsity: Slots of b in the states of the new release.
+
+    Returns:
+        `n` bool, who was carried over. The others have no events in their posteriors, or come from a model of other
+        columns or of more slots.
+    """
+    carried = np.zeros(len(users), np.bool_)
+    before = changes.model_digests(users)
+    for old, record, slots in changes.models():
+        members = np.array([i for i, of_user in enumerate(before) if of_user == old], np.int64)
+        model = KeptModel.decode(record)
+        fits = (model.schema, model.family) == (kept.schema, kept.family) and (slots or 0) <= sparsity
+        if old == digest or not members.size or not fits:
+            continue
+        states = changes.load([users[i] for i in members], (model.model.rank, slots or 0))
+        for batch in np.unique(states.batch[states.found & (states.batch > 0)]).tolist():
+            chosen = np.flatnonzero(states.found & (states.batch == batch))
+            family = FAMILIES[kept.family]
+            found = refold(_personal(states, chosen, model), model.model, kept.model, family=family)
+            found = with_slots(found, kept.model, sparsity)
+            finite = np.all(np.isfinite(found.posterior.precision), axis=(1, 2)) & np.all(
+                np.isfinite(found.posterior.mean), axis=1
+            )
+            state, share = found.state(kept.model), found.share(kept.model)
+            whole = {field.name: getattr(state, field.name)[finite] for field in fields(state)}
+            places = members[chosen[finite]]
+            changes.save([users[i] for i in places], PersonalState(**whole), digest, share=share[finite], batch=batch)
+            carried[places] = True
+    return carried
 
 
 def _personal(states: StoredStates, chosen: IntArray, kept: KeptModel) -> Personal:

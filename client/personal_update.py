@@ -108,6 +108,23 @@ def from_state(state: PersonalState, model: SharedModel, *, share: Array | None 
     )
 
 
+def with_slots(personal: Personal, model: SharedModel, sparsity: int) -> Personal:
+    """The same posteriors with room for `sparsity` entries of b, at least as many as before; the new ones are free."""
+    xp = array_namespace(personal.support)
+    n, k = personal.support.shape
+    wider = released_prior(model, n, sparsity=sparsity - k)
+    r = model.rank
+    old, new = personal.posterior.precision, wider.posterior.precision[:, r:, r:]
+    corner = xp.zeros((n, r + k, sparsity - k), dtype=old.dtype, device=old.device)
+    precision = xp.concat([xp.concat([old, corner], axis=2), xp.concat([transpose(corner), new], axis=2)], axis=1)
+    mean = xp.concat([personal.posterior.mean, wider.posterior.mean[:, r:]], axis=1)
+    return Personal(
+        posterior=Posterior(mean=mean, precision=precision),
+        support=xp.concat([personal.support, wider.support], axis=1),
+        prior_precision=xp.concat([personal.prior_precision, wider.prior_precision[:, r:]], axis=1),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PersonalUpdate:
     """Posteriors after new examples; see `client.incremental.Update`."""

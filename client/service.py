@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +21,7 @@ from client.batches import Batch, Chunk
 from client.coins import Coins, seeded
 from client.guard import Accepted, check
 from client.kept_model import KeptModel
+from client.node_update import refold_users
 from client.residents import Residents
 from client.settings import NodeSettings
 from client.shard import Shard, total_contribution
@@ -205,14 +206,14 @@ class NodeService:
             accepted = self._check(payload, signature, "fold_in")
             broadcast = accepted.broadcast
             self._refresh()
-            if self._store.keeps_states:
-                self._keep_states(accepted, sha256(payload).digest())
+            if isinstance(self._store, DeviceStore):
+                self._keep_states(self._store, accepted, sha256(payload).digest())
             self._store.acknowledge(
                 broadcast.ledger_id, accepted.sequence, accepted.head, public_key=accepted.public_key
             )
         return encode({"protocol": PROTOCOL_VERSION, "acknowledged": accepted.sequence}, {})
 
-    def _keep_states(self, accepted: Accepted, model_digest: bytes) -> None:
+    def _keep_states(self, store: DeviceStore, accepted: Accepted, model_digest: bytes) -> None:
         broadcast, model = accepted.broadcast, accepted.broadcast.model
         personal = personal_state(accepted.task, model)
         kept = KeptModel(
@@ -222,14 +223,20 @@ class NodeService:
             run=broadcast.run,
             sequence=accepted.sequence,
         )
-        self._store.save_model(model_digest, kept.encode())
+        store.save_model(model_digest, kept.encode())
 
         def state(_: Chunk, batch: Batch) -> PersonalState:
             return _finite(personal(batch), model)
 
+        users = self._population.users
         with np.errstate(all="ignore"):
+            # who has learned from events since goes on from there: they are not in the data that are read here
+            with store.changing() as changes:
+                carried = refold_users(changes, users, kept, model_digest, sparsity=accepted.task.sparsity)
             for chunk, found in self._shard.isolated(state):
-                self._store.save_states([self._population.users[i] for i in chunk.users], found, model_digest)
+                rest = np.flatnonzero(~carried[chunk.users])
+                some = PersonalState(**{field.name: getattr(found, field.name)[rest] for field in fields(found)})
+                store.save_states([users[chunk.users[i]] for i in rest], some, model_digest)
 
     def _check(self, payload: bytes, signature: bytes, purpose: str) -> Accepted:
         policy = self._settings.policy()

@@ -83,8 +83,6 @@ class DeviceStore:
     reach the disk is not charged in memory either.
     """
 
-    keeps_states = True
-
     def __init__(self, path: str, users: Sequence[str]) -> None:
         """Not for callers: see `open`."""
         self._path = path

@@ -19,8 +19,6 @@ BoolArray = npt.NDArray[np.bool_]
 class TransientStore:
     """The filters of a node's users, for as long as the process lives."""
 
-    keeps_states = False
-
     def __init__(self, users: Sequence[str]) -> None:
         """Start with nothing spent.
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 
 import umbel.update
 from client.entity_store import EntityStore
-from client.personal_update import from_state, update_personal
+from client.personal_update import from_state, released_prior, update_personal, with_slots
+from client.refolding import refold
+from client.settings import load_settings
 from client.sources import forget
 from client.store import DeviceStore
 from common.errors import DataError, StorageError, UmbelError
@@ -450,3 +453,38 @@ def test_a_nodes_store_is_found_by_its_settings_only(device: Path, tmp_path: Pat
         update(device, new, features=("z",))
     with pytest.raises(DataError, match="target"):
         update(device, write(device.parent / "bad.csv", ["ada,.1,.2"], "user,a,b"))
+
+
+def test_a_new_release_carries_events_over(device: Path) -> None:
+    """A user with events goes on from that posterior under the new prior; one without is fitted to the data again."""
+    data, other = load_settings(device).data, replace(MODEL, beta=MODEL.beta + 0.1, U=MODEL.U * 0.8)
+    new = write(device.parent / "new.csv", ["ada,0.3,-0.4,5", "ada,-0.5,0.9,1"], "user,a,b,y")
+    update(device, new)
+    (before,) = states(device, "ada")
+    service = node(data, store=str(device.parent / "node.sqlite"), users=3)
+    service.fold_in(*Asker(other, data).fold_in())
+    service.close()
+    expected = refold(
+        from_state(before.with_model(MODEL), MODEL, share=before.share), MODEL, other, family=FAMILIES["squared"]
+    )
+    ada, ben = states(device, "ada", "ben")
+    np.testing.assert_allclose(ada.w, expected.posterior.mean[:, :1], rtol=1e-12)
+    np.testing.assert_allclose(ada.precision, expected.posterior.precision, rtol=1e-12)
+    assert (ada.batch[0], ben.batch[0]) == (before.batch[0], 0)
+    alone = node(data, store=str(device.parent / "alone.sqlite"), users=3)
+    alone.fold_in(*Asker(other, data).fold_in())
+    alone.close()
+    with DeviceStore.open(device.parent / "alone.sqlite", ()) as store:
+        assert store.known(["ada", "ben"]).all()
+        assert np.array_equal(store.load_states(["ben"]).w, ben.w)
+        assert not np.array_equal(store.load_states(["ada"]).w, ada.w)
+    assert update(device, new)["events"] == 0
+
+
+def test_room_for_more_entries_of_b_changes_nothing_else() -> None:
+    """New slots are free and as uncertain as the prior."""
+    narrow = released_prior(MODEL, 2, sparsity=1)
+    wide = with_slots(narrow, MODEL, 3)
+    assert np.array_equal(wide.posterior.precision, released_prior(MODEL, 2, sparsity=3).posterior.precision)
+    assert np.array_equal(wide.support, np.full((2, 3), -1))
+    assert np.array_equal(wide.theta(MODEL), narrow.theta(MODEL))
