@@ -13,7 +13,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 .setup-demo: $(BIN)/python pyproject.toml constraints.txt
-	$(INSTALL) --editable ".[simulate]"
+	$(INSTALL) --editable ".[server]"
 	touch $@
 
 .setup-test: .setup-demo

@@ -120,7 +120,8 @@ class Residents:
         problem = str(error) if isinstance(error, DataError) else type(error).__name__
         if problem != self.problem:  # its text is for whoever may see the data
             gone = isinstance(error, NoRows)
-            _logger.warning("the data %s", "have no rows" if gone else "cannot be read; going on with what there was")
+            what = "have no rows or are gone" if gone else "cannot be read; going on with what there was"
+            _logger.warning("the data %s", what)
         self.problem = problem
 
 

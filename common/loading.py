@@ -176,7 +176,8 @@ class InputEncoder:
         movies = _is_movielens(source, data)
         if data.source == "synthetic" or not (data.features or _is_ratings(data) or movies):
             raise DataError(
-                "Expected data.features or a public list of items, got neither, so an input has no meaning."
+                "Expected data.features, data.item_features or data.catalogue, by which an input is read, got none "
+                f"with data.source={data.source!r}. Declare the columns there."
             )
         self._data, self._item = data, ""
         self._items: ItemTable | None = None

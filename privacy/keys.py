@@ -52,7 +52,8 @@ def load_key(path: Path) -> Ed25519PrivateKey:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             pem = file.read()
     except OSError as error:
-        raise UmbelError(f"Expected a readable key, got {path=!s} ({error.strerror}). Create one.") from error
+        remedy = "Correct the path, or put the key back from a backup."
+        raise UmbelError(f"Expected a readable key, got {path=!s} ({error.strerror}). {remedy}") from error
     if mode & 0o077:
         raise UmbelError(f"Expected a key only its owner can read, got mode={mode:04o}. Run chmod 600 {path}.")
     try:

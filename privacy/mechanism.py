@@ -120,8 +120,9 @@ def check_delta_fp(epsilon: float, delta: float, distance: float) -> None:
     added = delta_fp(epsilon, distance)
     if epsilon != math.inf and not added <= delta / 100:
         raise UmbelError(
-            f"Expected delta_fp <= delta / 100, got delta_fp={added:.3g}, {delta=}, {epsilon=}. "
-            "Choose a smaller epsilon, or privacy.noise='rounded' if it is not."
+            f"Expected a budget at which the noise's finite precision adds at most a hundredth of {delta=}, got "
+            f"{epsilon=}, at which it adds {added:.3g}. Lower privacy.epsilon; with privacy.noise='discrete' less is "
+            "possible than with 'rounded'."
         )
 
 

@@ -96,7 +96,7 @@ def load_registry(path: Path) -> Registry:
             RegisteredNode(name=str(e["name"]), users=int(e["users"]), public_key=str(e["public_key"])) for e in entries
         )
     except OSError as error:
-        raise UmbelError(f"Expected a registry at {path}, got {error.strerror}.") from error
+        raise UmbelError(f"Expected a registry at {path}, got {error.strerror}. Run `umbel provision`.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UmbelError(
             f"Expected a registry at {path}, got something else. Restore it from the ledger's copy."

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from common.errors import Refused, StorageError, UmbelError, VerificationError
+from common.errors import Refused, StorageError, VerificationError
 from common.model import IntArray
 from common.records import Contribution, check_protocol, decode
 from common.sealing import SIGNATURE_BYTES, SealingKey, disclose
@@ -117,7 +117,7 @@ def check_refusals(codes: Iterable[str]) -> None:
     Raises:
         StorageError: If their disks failed.
         VerificationError: If the ledger is not what they remember.
-        UmbelError: If it is for another reason that the next round would not change.
+        Refused: If it is for another reason that the next round would not change.
     """
     found = set(codes)
     if not found or found & _PASSING:
@@ -126,5 +126,5 @@ def check_refusals(codes: Iterable[str]) -> None:
     if found == {"storage"}:
         raise StorageError(f"{said} Their disks failed. Make room, then resume.")
     if any(code.startswith("ledger") for code in found):
-        raise VerificationError(f"{said} Put back the newest ledger, then resume.")
-    raise UmbelError(f"{said} Change what they refuse, or their policy.")
+        raise VerificationError(f"{said} Put back the newest ledger, or `umbel ledger restore` an older; then resume.")
+    raise Refused(min(found), f"{said} Change what they refuse, or their policy.")

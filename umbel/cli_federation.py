@@ -60,12 +60,12 @@ def up(
         return
     _say(f"started {', '.join(started)}" if started else "all of it runs already")
     _say(f"{len(document['nodes'])} nodes online; devices reach {document['fleet']}, metrics {document['metrics']}")
-    _say(f"next: umbel train {folder} --config run.toml")
+    _say(f"next: umbel train {folder}")
 
 
 @commands.command(epilog="Example: umbel down fed", cls=PlainCommand)
 def down(folder: FolderArgument, *, quiet: QuietOption = False, output: FormatOption = Format.TEXT) -> None:
-    """End the processes of a federation; a run goes on after the next `up` with `umbel train --resume`."""
+    """End the processes of a federation. After the next `up`, `umbel train --resume` goes on with a run."""
     from umbel.deploy import Federation
 
     federation = Federation(folder)

@@ -187,7 +187,7 @@ def predict(
         print(header)  # noqa: T201
     if unknown:
         whom = "this user" if user is not None else "those whom they are about"
-        _say(f"Nothing is kept of {whom} in {unknown} rows: these are the answers for anybody.")
+        _say(f"Nothing is kept of {whom} in {unknown} of the rows: these are the answers for anybody.")
 
 
 def _make(path: Path, given: dict[str, Any], features: list[str]) -> None:

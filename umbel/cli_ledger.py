@@ -1,10 +1,12 @@
 """`umbel ledger`: look into a privacy ledger, and go on after its newest lines were lost."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from common.errors import UmbelError
 from umbel.commands import Format, FormatOption, PlainCommand, print_json
 
 commands = typer.Typer(help="Look into a privacy ledger; restore one.", no_args_is_help=True, rich_markup_mode=None)
@@ -49,23 +51,32 @@ def ledger_head(
     epilog="""\b
 Examples:
   umbel ledger restore fed/server/ledger.jsonl --up-to 240 --recovery-key usb/recovery.key
-Every line that anybody can have seen counts: read the newest from the nodes (`umbel status`, or status.json beside a
-node's store), from a published report or from a run folder's copy, and name at least that number.""",
+Every line that anybody can have seen counts: read the newest from the nodes (`acknowledged` in status.json beside each
+node's store), from a published report or from a run folder's copy, and name at least that number. Lines are numbered as
+`umbel ledger head` does. It does not ask, and what it charges stays charged.""",
     cls=PlainCommand,
 )
 def ledger_restore(
     path: Annotated[Path, typer.Argument(help="The ledger as it was put back; its key lies beside it.")],
+    *,
     up_to: Annotated[int, typer.Option(help="The last line that anybody can have seen.")],
     recovery_key: Annotated[Path, typer.Option(metavar="FILE", help="The key that was made with the ledger.")],
     noise_multiplier: Annotated[
         str | None,
         typer.Option(help="Charge each lost line as a release with this noise; by default the least of any run."),
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     output: FormatOption = Format.TEXT,
 ) -> None:
     """Go on with an older copy of a ledger, charging every line that is lost."""
-    from umbel.restoring import restore
+    from umbel.restoring import lost_lines, restore
 
+    if not yes:
+        lost = lost_lines(path, up_to)
+        if not sys.stdin.isatty():
+            raise UmbelError("Expected a terminal to ask at, got none. Add --yes.")
+        if not typer.confirm(f"Charge {lost} lines as lost releases? It cannot be undone.", err=True):
+            raise UmbelError("Expected yes, got no; nothing was charged.")
     document = restore(path, up_to=up_to, noise_multiplier=noise_multiplier, recovery_key=recovery_key)
     if output is Format.JSON:
         print_json(document)

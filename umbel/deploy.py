@@ -333,6 +333,9 @@ class Federation:
             self._register()
             progress.step("waiting for nodes")
             self._wait_for_nodes(known)
+        if "metrics" in started and not processes.is_running(known["metrics"]):  # training does without it
+            progress.warn(f"the metrics page has ended. {self._log_of('metrics')}")
+            started.remove("metrics")
         return started
 
     def down(self, progress: Progress) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from client.settings import load_settings
 from common.config import Config, DataConfig
-from common.errors import DataError, UmbelError
+from common.errors import DataError, UmbelError, VerificationError
 from common.loading import public_schema
 from privacy.keys import load_key, public_key_hex
 from privacy.ledger import PrivacyLedger
@@ -39,6 +39,7 @@ from umbel.credentials import read_certificate
 from umbel.doctor_node import check_node
 from umbel.federation import Deployment, FederationFolder, load_deployment
 from umbel.provision import address, compose_environment
+from umbel.rollback import check_not_rolled_back
 
 COMPOSE_FILE = Path(__file__).resolve().parents[1] / "docker-compose.yml"
 _RUN_OVERHEAD = 20_000_000  # logs, SuperLink's database, reports
@@ -142,6 +143,13 @@ def check_ledger(folder: FederationFolder, now: datetime) -> Iterator[Check]:
     """Whether the ledger verifies, can be written with the key beside it, and has something left."""
     with PrivacyLedger.open(folder.place.ledger) as ledger:
         yield ok("ledger", f"verified, {ledger.num_lines} lines.")
+        try:
+            remembered = check_not_rolled_back(folder, ledger)
+        except VerificationError as error:
+            yield fail("ledger's end", str(error), "Do not start a run before: it would be charged for nothing.")
+        else:
+            if remembered >= 0:
+                yield ok("ledger's end", f"at or behind line {remembered}, the last that is remembered in this folder.")
         if ledger.torn_bytes:
             yield warn("ledger", "its last line is torn, by a crash.", "Nothing: the next run cuts it off.")
         if public_key_hex(load_key(folder.place.key)) != ledger.public_key:

@@ -31,6 +31,8 @@ def open_state(path: Path, *, update: bool = False) -> "NodeState | EntityStore"
 
     if path.suffix == ".toml":
         return node_state(path)
+    if path.is_dir():
+        raise UmbelError(f"Expected a store or a node.toml, got {path}, which is a folder. Name the file in it.")
     if not path.is_file():
         raise UmbelError(f"Expected a store, got {path}, which is not there. Make one with umbel update --init.")
     found = node_state_of_store(path)

@@ -10,6 +10,18 @@ from privacy.ledger import PrivacyLedger
 from server.settings import LedgerPlace
 
 
+def lost_lines(path: Path, up_to: int) -> int:
+    """How many lines would be charged.
+
+    Raises:
+        UmbelError: If the ledger cannot be read, or goes beyond `up_to`.
+    """
+    with PrivacyLedger.open(path) as ledger:
+        if up_to <= ledger.sequence:
+            raise UmbelError(f"Expected --up-to beyond line {ledger.sequence}, the ledger's last, got {up_to}.")
+        return up_to - ledger.sequence
+
+
 def restore(path: Path, *, up_to: int, noise_multiplier: str | None, recovery_key: Path) -> dict[str, Any]:
     """Append a RESTORE line.
 

@@ -34,6 +34,7 @@ from server.registry import load_registry
 from server.settings import RunFolder, RunSettings, load_run
 from umbel.deploy import Control, Federation, UnreachableError, is_over
 from umbel.flower_engine import CHECKOUT, build_bundle
+from umbel.rollback import check_not_rolled_back
 from umbel.simulate import (
     capped_mu_max,
     check_fits,
@@ -123,8 +124,6 @@ def lay_out(federation: Federation, config: Config, name: str, progress: Watcher
         config = _of_population(config, genesis)
         delta = float(config.privacy.delta or 0)
         noise_multiplier, _ = noise_and_limit(config, delta)
-        if not is_noiseless(noise_multiplier):
-            check_noise(config, noise_multiplier, delta, schema, users=registry.population_size, progress=progress)
         run = {
             "out": str(folder.root),
             "ledger": str(place.ledger),
@@ -137,6 +136,8 @@ def lay_out(federation: Federation, config: Config, name: str, progress: Watcher
         is_private = not is_noiseless(noise_multiplier) and config.privacy.seed is None
         check_start(start, config, schema, ledger, is_private=is_private, progress=progress)
         check_fits(ledger, config, place, genesis["population"])
+        if not is_noiseless(noise_multiplier):
+            check_noise(config, noise_multiplier, delta, schema, users=registry.population_size, progress=progress)
     make_folder(folder.root)
     registry.save(folder.registry)
     save_schema(folder.schema, schema)
@@ -299,6 +300,8 @@ def train(federation: Federation, settings: RunSettings, watcher: Watcher) -> di
             return results_of(federation, settings, submission)
         except RunDiedError:
             watcher.warn("the ServerApp had ended; going on with another one.")
+    with PrivacyLedger.open(settings.place.ledger) as ledger:
+        check_not_rolled_back(federation.folder, ledger)  # later a round would be charged, and nobody answer
     watcher.step("submitting")
     submission = submit(federation, settings)
     try:

@@ -327,7 +327,7 @@ def test_a_rolled_back_ledger_is_refused_until_its_owner_restores_it(resident: D
         resident.go_on(settings)
     assert not releases(settings)
     options = ("--up-to", str(newest), "--recovery-key", str(resident.folder.recovery_key))
-    document = umbel("ledger", "restore", str(place), *options)
+    document = umbel("ledger", "restore", str(place), "--yes", *options)
     assert document["lost"] > 0
     assert document["epsilon_spent"] > document["epsilon_before"]
     resident.go_on(settings)
