@@ -101,6 +101,6 @@ def test_a_seed_cannot_reach_this_noise(tmp_path):
 def test_noise_too_coarse_for_epsilon_is_refused(tmp_path):
     """Where the distance from a Gaussian would be felt in delta, a run is refused and told of rounded noise."""
     options = {"privacy__epsilon": 40.0, "privacy__delta": 1e-12}
-    with pytest.raises(UmbelError, match=r"delta_fp.*privacy\.noise='rounded'"):
+    with pytest.raises(UmbelError, match=r"finite precision.*privacy\.noise='discrete'"):
         lay_out(exact(tmp_path / "run", **options), Silent())
     lay_out(exact(tmp_path / "rounded", privacy__noise="rounded", **options), Silent())

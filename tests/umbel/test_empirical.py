@@ -238,7 +238,7 @@ def test_the_attack_on_the_last_model_runs_the_servers_steps(run: Path, monkeypa
     trials, settings = Trials(repetitions=100, per_repetition=1), load_run(run)
     seen, _ = attack(events, trials, max_nodes_per_user=s, settings=settings, seed=0)
     assert len(np.unique(seen)) == 100
-    monkeypatch.setattr(umbel.empirical, "algorithm_of", lambda config: Still(real(config)))
+    monkeypatch.setattr(umbel.empirical, "algorithm_of", lambda *given: Still(real(*given)))
     blind, _ = attack(events, trials, max_nodes_per_user=s, settings=settings, seed=0)
     assert set(blind) == {0.0}
 
