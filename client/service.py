@@ -20,6 +20,7 @@ import numpy.typing as npt
 from client.batches import Batch, Chunk
 from client.coins import Coins, seeded
 from client.guard import Accepted, check
+from client.kept_gram import check_keep_gram, moments_of, to_records
 from client.kept_model import KeptModel
 from client.node_update import refold_users
 from client.residents import Residents
@@ -61,6 +62,7 @@ class NodeService:
         read = partial(node_data, settings.data, settings.family, index, num_nodes)
         try:
             self._residents = Residents(settings, self._store, read, shared=num_nodes > 1)
+            check_keep_gram(settings.keep_gram, self._residents.schema.dimension)
         except BaseException:
             self._store.close()
             raise
@@ -225,18 +227,22 @@ class NodeService:
         )
         store.save_model(model_digest, kept.encode())
 
-        def state(_: Chunk, batch: Batch) -> PersonalState:
-            return _finite(personal(batch), model)
+        keep_gram = self._settings.keep_gram
 
-        users = self._population.users
+        def state(_: Chunk, batch: Batch) -> tuple[PersonalState, list[bytes | None]]:
+            grams: list[bytes | None] = to_records(moments_of(batch)) if keep_gram else [None] * len(batch.count)
+            return _finite(personal(batch), model), grams
+
+        users, sparsity = self._population.users, accepted.task.sparsity
         with np.errstate(all="ignore"):
             # who has learned from events since goes on from there: they are not in the data that are read here
             with store.changing() as changes:
-                carried = refold_users(changes, users, kept, model_digest, sparsity=accepted.task.sparsity)
-            for chunk, found in self._shard.isolated(state):
+                carried = refold_users(changes, users, kept, model_digest, sparsity=sparsity, keep_gram=keep_gram)
+            for chunk, (found, grams) in self._shard.isolated(state):
                 rest = np.flatnonzero(~carried[chunk.users])
                 some = PersonalState(**{field.name: getattr(found, field.name)[rest] for field in fields(found)})
-                store.save_states([users[chunk.users[i]] for i in rest], some, model_digest)
+                names = [users[chunk.users[i]] for i in rest]
+                store.save_states(names, some, model_digest, grams=[grams[i] for i in rest])
 
     def _check(self, payload: bytes, signature: bytes, purpose: str) -> Accepted:
         policy = self._settings.policy()

@@ -63,6 +63,8 @@ class NodeSettings(BaseModel):
         allow_statistics: Answer AMHT-LRS too, from whose moments and statistics the server that adds the noise can
             compute X'X of a user who is alone on the node, or y x' of an example where a round uses but one.
         family: Loss family of the target.
+        keep_gram: Keep the moments X'DX of each user's examples, so that a new release is folded in exactly; squared
+            loss and at most `client.refolding.LARGEST_GRAM` features.
         data: The users' data; no other columns are ever read.
         partition: Which part of the source this node has, where several share one.
         partitions: Into how many parts it is split.
@@ -95,6 +97,7 @@ class NodeSettings(BaseModel):
     allow_sampling: bool = True
     coin_seed: int | None = None
     family: Family = "squared"
+    keep_gram: bool = False
     partition: Annotated[int, Field(ge=0)] = 0
     partitions: Count = 1
     superlink: str | None = None
@@ -119,6 +122,8 @@ class NodeSettings(BaseModel):
     def _is_one_policy(self) -> "NodeSettings":
         if self.partition >= self.partitions:
             raise ValueError("partition below partitions")
+        if self.keep_gram and self.family != "squared":
+            raise ValueError("keep_gram with squared loss only, for which X'DX is exact; set keep_gram = false")
         if self.epsilon is not None and self.delta is not None:
             promised = limit_units(mu_max_string(self.epsilon, self.delta))
             if is_unlimited(self.mu_max) or limit_units(self.mu_max) > promised:

@@ -329,7 +329,14 @@ class DeviceStore:
             ).fetchone()
         return None if row is None else np.isin(ids, _from_bitmap(row[0]))
 
-    def save_states(self, users: Sequence[str], state: PersonalState, model_digest: bytes) -> None:
+    def save_states(
+        self,
+        users: Sequence[str],
+        state: PersonalState,
+        model_digest: bytes,
+        *,
+        grams: Sequence[bytes | None] | None = None,
+    ) -> None:
         """Keep the posteriors of `users`, all of them or none, in place of earlier ones.
 
         Those of forgotten users are dropped.
@@ -338,6 +345,8 @@ class DeviceStore:
             users: In the order of the state's rows.
             state: r + 2k numbers, the scale and the precision are kept as float64, theta is not.
             model_digest: 32 bytes that name the model the state was computed with.
+            grams: For each user what `client.kept_gram` makes of the moments of all examples behind the state, or
+                None; by default none are kept.
         """
         if len(model_digest) != 32 or len(state.w) != len(users):
             raise ValueError(
@@ -345,7 +354,7 @@ class DeviceStore:
                 f"got {len(state.w)} users and {len(model_digest)} bytes."
             )
         with self._transaction(write=True) as connection:
-            _save(connection, self._ids_of(users), state, model_digest, share=None, batch=0)
+            _save(connection, self._ids_of(users), state, model_digest, share=None, batch=0, grams=grams)
 
     def load_states(self, users: Sequence[str], layout: tuple[int, int] | None = None) -> StoredStates:
         """The posteriors of `users`, in their order.
@@ -501,11 +510,24 @@ class StateChanges:
         """As `DeviceStore.load_states`."""
         return _load(self.connection, self._ids_of(users), layout)
 
+    def grams(self, users: Sequence[str]) -> list[bytes | None]:
+        """What was saved of each user's moments, None where there is nothing."""
+        query = "SELECT gram FROM states WHERE user = ?"
+        rows = (self.connection.execute(query, (i,)).fetchone() for i in self._ids_of(users))
+        return [None if row is None or row[0] is None else bytes(row[0]) for row in rows]
+
     def save(
-        self, users: Sequence[str], state: PersonalState, model_digest: bytes, *, share: Array, batch: int
+        self,
+        users: Sequence[str],
+        state: PersonalState,
+        model_digest: bytes,
+        *,
+        share: Array,
+        batch: int,
+        grams: Sequence[bytes | None] | None = None,
     ) -> None:
         """As `DeviceStore.save_states`, with the shares of b's variance and the number of the batch of events."""
-        _save(self.connection, self._ids_of(users), state, model_digest, share=share, batch=batch)
+        _save(self.connection, self._ids_of(users), state, model_digest, share=share, batch=batch, grams=grams)
 
 
 def _save(
@@ -516,16 +538,18 @@ def _save(
     *,
     share: Array | None,
     batch: int,
+    grams: Sequence[bytes | None] | None,
 ) -> None:
     records = _pack(state)
     width, data = records.shape[1] * 8, records.tobytes()
     rank, sparsity = state.w.shape[1], state.b.shape[1]
     shares = [None] * len(ids) if share is None else [row.astype("<f8").tobytes() for row in share]
+    moments = [None] * len(ids) if grams is None else grams
     connection.executemany(
-        "INSERT OR REPLACE INTO states (user, rank, sparsity, model_digest, record, share, batch) "
-        "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7 FROM users WHERE id = ?1 AND NOT forgotten",
+        "INSERT OR REPLACE INTO states (user, rank, sparsity, model_digest, record, share, batch, gram) "
+        "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 FROM users WHERE id = ?1 AND NOT forgotten",
         (
-            (user, rank, sparsity, model_digest, data[i * width : (i + 1) * width], shares[i], batch)
+            (user, rank, sparsity, model_digest, data[i * width : (i + 1) * width], shares[i], batch, moments[i])
             for i, user in enumerate(ids)
         ),
     )

@@ -27,7 +27,7 @@ from common.model import IntArray
 MEMORY = ":memory:"
 FULL = 2**62
 """The filter of a user who can contribute no more: above every limit, and no cost changes it."""
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _APPLICATION_ID = 0x756D6231  # "umb1"
 _LOCK_TIMEOUT = 10.0
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -76,7 +76,8 @@ CREATE TABLE states (
     model_digest BLOB NOT NULL,
     record BLOB NOT NULL,
     share BLOB,
-    batch INTEGER NOT NULL DEFAULT 0
+    batch INTEGER NOT NULL DEFAULT 0,
+    gram BLOB
 );
 CREATE TABLE models (
     id INTEGER PRIMARY KEY,
@@ -103,6 +104,8 @@ _FROM_VERSION_2 = f"""
 ALTER TABLE states ADD COLUMN share BLOB;
 ALTER TABLE states ADD COLUMN batch INTEGER NOT NULL DEFAULT 0;
 {TABLES}"""
+
+_FROM_VERSION_3 = "ALTER TABLE states ADD COLUMN gram BLOB;"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,8 +294,9 @@ def _migrate(path: Path) -> None:
         connection.execute("BEGIN IMMEDIATE")
         if version == 1:
             _count_contributions(connection)
-        for statement in _statements(_FROM_VERSION_2):
-            connection.execute(statement)
+        for script in (_FROM_VERSION_2, _FROM_VERSION_3)[max(version - 2, 0) :]:
+            for statement in _statements(script):
+                connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")
 

@@ -60,6 +60,9 @@ def update(
         float, typer.Option(min=0.01, max=3600, help="Seconds of silence after which a pipe's events are applied.")
     ] = 1.0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad row; otherwise it is left out.")] = False,
+    keep_gram: Annotated[
+        bool, typer.Option("--keep-gram", help="Stop unless the node's settings have keep_gram = true.")
+    ] = False,
     init: Annotated[bool, typer.Option("--init", help="Make a store of entities first, with what follows.")] = False,
     entity: Annotated[list[str] | None, typer.Option(help="Column that names an entity; one for each type.")] = None,
     target: Annotated[str | None, typer.Option(help="Column of the target.")] = None,
@@ -117,6 +120,7 @@ def update(
                 features=() if init else tuple(feature or ()),
                 strict=strict,
                 patience=patience,
+                keep_gram=keep_gram,
                 watcher=watcher,
             )
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from client.kept_gram import check_keep_gram
 from client.kept_model import KeptModel
 from client.settings import NodeSettings, load_settings
 from client.store import DeviceStore
@@ -89,7 +90,9 @@ def node_state_of_store(path: Path) -> NodeState | None:
 def _state(settings: NodeSettings) -> NodeState:
     store = open_store(settings)
     try:
-        return NodeState(store=store, settings=settings, schema=public_schema(settings.data, settings.family))
+        schema = public_schema(settings.data, settings.family)
+        check_keep_gram(settings.keep_gram, schema.dimension)
+        return NodeState(store=store, settings=settings, schema=schema)
     except BaseException:
         store.close()
         raise

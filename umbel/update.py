@@ -103,6 +103,7 @@ def update(
     features: tuple[str, ...] = (),
     strict: bool = False,
     patience: float = 1.0,
+    keep_gram: bool = False,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
     """Apply events to a store.
@@ -117,6 +118,7 @@ def update(
         features: New columns of a store of entities.
         strict: Stop at the first piece with a bad row, before it is applied.
         patience: Seconds that a pipe may be silent before what has arrived is applied.
+        keep_gram: Apply nothing unless the node's settings have `keep_gram`, which alone decides.
         watcher: Told of the progress.
 
     Returns:
@@ -130,6 +132,11 @@ def update(
         raise UmbelError(f"Expected 0 <= forgetting <= 1, got {forgetting=}. Correct --forgetting.")
     started, tally, done = clock.monotonic(), Tally(), []
     with open_state(path, update=True) as state:
+        if keep_gram and not (isinstance(state, NodeState) and state.settings.keep_gram):
+            raise UmbelError(
+                "Expected --keep-gram for a node whose settings have it, got a store without. Set keep_gram = true in "
+                "node.toml before the node folds a model in, or leave out --keep-gram."
+            )
         if features:
             if isinstance(state, NodeState):
                 raise UmbelError(
@@ -355,6 +362,7 @@ class _NodeTarget:
                 check=self._state.check,
                 forgetting=forgetting,
                 number=number,
+                keep_gram=self._state.settings.keep_gram,
             )
         tally.events += chosen.size
         tally.updates += len(users)

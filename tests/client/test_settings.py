@@ -75,6 +75,7 @@ def test_the_policy_table_reaches_the_guard(tmp_path: Path) -> None:
         ('mu_max = "1"\nbundle_hashes = ["abc"]\n', "bundle_hashes"),
         ('mu_max = "1"\nmax_contributions = -1\n', "max_contributions"),
         ('mu_max = "many"\n', "mu_max"),
+        ('mu_max = "1"\nfamily = "logistic"\nkeep_gram = true\n', "keep_gram with squared loss only"),
         ('mu_max = "1"\nserver_may_do_anything = true\n', "server_may_do_anything"),
         ('epsilon = "much"\ndelta = 1e-6\n', "mu_max"),
         ("epsilon = -1\ndelta = 1e-6\n", "epsilon"),

@@ -644,9 +644,9 @@ def test_a_newer_schema_is_refused_and_left_alone(path):
     """An older program must not touch what it does not understand."""
     DeviceStore.open(path, USERS).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 4")
+    connection.execute("PRAGMA user_version = 5")
     connection.close()
-    with pytest.raises(UmbelError, match="got version=4"):
+    with pytest.raises(UmbelError, match="got version=5"):
         DeviceStore.open(path, USERS)
     assert store_file.set_aside_files(path) == []
 
@@ -761,8 +761,8 @@ def test_a_store_of_version_2_is_migrated_in_place(path):
         store.save_states(USERS, random_state(3), DIGEST)
         before = store.load_states(USERS)
     connection = sqlite3.connect(path)
-    for statement in ("ALTER TABLE states DROP COLUMN share", "ALTER TABLE states DROP COLUMN batch"):
-        connection.execute(statement)
+    for column in ("share", "batch", "gram"):
+        connection.execute(f"ALTER TABLE states DROP COLUMN {column}")
     connection.executescript("DROP TABLE batches; DROP TABLE events; PRAGMA user_version = 2")
     connection.close()
     for _ in range(2):
@@ -771,6 +771,44 @@ def test_a_store_of_version_2_is_migrated_in_place(path):
             assert np.array_equal(after.precision, before.precision)
             assert (after.share.any(), after.batch.any(), store.batches()) == (False, False, [])
             assert store.contributions(USERS).tolist() == [1, 0, 0]
+
+
+def test_a_store_of_version_3_is_migrated_in_place(path, monkeypatch):
+    """States with their shares and batches stay, to the bit, also where it was cut short before; no moments."""
+    share = np.array([[0.25, 0.5, 0.0]])
+    with DeviceStore.open(path, USERS) as store, store.changing() as changes:
+        changes.save(["ben"], random_state(1), DIGEST, share=share, batch=4)
+    connection = sqlite3.connect(path)
+    connection.executescript("ALTER TABLE states DROP COLUMN gram; PRAGMA user_version = 3")
+    connection.close()
+    monkeypatch.setattr(store_file, "_FROM_VERSION_3", store_file._FROM_VERSION_3 + "no SQL;")
+    with pytest.raises(StorageError):
+        DeviceStore.open(path, USERS)
+    monkeypatch.undo()
+    for _ in range(2):
+        with DeviceStore.open(path, USERS) as store:
+            after = store.load_states(USERS)
+            assert np.array_equal(after.precision[1], random_state(1).precision[0])
+            assert (after.share[1].tolist(), after.batch.tolist()) == ([0.25, 0.5, 0.0], [0, 4, 0])
+            with store.changing() as changes:
+                assert changes.grams(USERS) == [None] * 3
+    with DeviceStore.open(path, USERS) as store:
+        store.save_states(["ada"], random_state(1), DIGEST, grams=[b"moments"])
+        with store.changing() as changes:
+            assert changes.grams(USERS) == [b"moments", None, None]
+
+
+def test_moments_are_erased_with_their_user_and_replaced_with_the_state(path):
+    """No byte of them stays in any file; a state that is saved without moments has none."""
+    grams = [bytes([65 + i]) * 200 for i in range(3)]
+    with DeviceStore.open(path, USERS) as store:
+        store.save_states(USERS, random_state(3), DIGEST, grams=grams)
+        assert grams[0] in files_of(path)
+        store.forget("ada")
+        assert grams[0] not in files_of(path)
+        store.save_states(["ben"], random_state(1), DIGEST)
+        with store.changing() as changes:
+            assert changes.grams(USERS) == [None, None, grams[2]]
 
 
 def test_shares_and_batches_are_kept_beside_states_that_were_updated(store):

@@ -462,7 +462,9 @@ def test_a_new_release_carries_events_over(device: Path) -> None:
     update(device, new)
     (before,) = states(device, "ada")
     service = node(data, store=str(device.parent / "node.sqlite"), users=3)
-    service.fold_in(*Asker(other, data).fold_in())
+    message = Asker(other, data).fold_in()
+    service.fold_in(*message)
+    service.fold_in(*message)  # it came twice
     service.close()
     expected = refold(
         from_state(before.with_model(MODEL), MODEL, share=before.share), MODEL, other, family=FAMILIES["squared"]
@@ -479,6 +481,117 @@ def test_a_new_release_carries_events_over(device: Path) -> None:
         assert np.array_equal(store.load_states(["ben"]).w, ben.w)
         assert not np.array_equal(store.load_states(["ada"]).w, ada.w)
     assert update(device, new)["events"] == 0
+
+
+def fitted(folder: Path, model: Any, lines: list[str]) -> Any:
+    """The states of a node that reads these rows and folds the model in."""
+    folder.mkdir()
+    write(folder / "table.csv", lines, "user,a,b,y")
+    data = table(folder)
+    service = node(data, store=str(folder / "node.sqlite"), users=3)
+    service.fold_in(*Asker(model, data, sparsity=2).fold_in())
+    service.close()
+    return states(folder / "node.toml", "ada", "ben", "cid")
+
+
+def grams(device: Path) -> list[bytes | None]:
+    with DeviceStore.open(device.parent / "node.sqlite", ()) as store:
+        users = [user for user in ("ada", "ben", "cid") if store.known([user])[0]]
+        with store.changing() as changes:
+            return changes.grams(users)
+
+
+def drawn(user: str, start: int, stop: int) -> list[str]:
+    """Rows within the declared ranges, for which a feature of b matters."""
+    rng = np.random.default_rng(len(user) + ord(user[0]) + start)
+    at = rng.uniform(-1, 1, (stop - start, 2))
+    y = np.clip(3 + 1.5 * at[:, 0] - 0.5 * at[:, 1] + 0.1 * rng.standard_normal(stop - start), 1, 5)
+    return [f"{user},{a!r},{b!r},{t!r}" for (a, b), t in zip(at.tolist(), y.tolist(), strict=True)]
+
+
+@pytest.fixture
+def keeping(tmp_path: Path) -> Path:
+    """The settings of a node that keeps moments and has folded a model in for ada and ben."""
+    folder = tmp_path / "keeping"
+    folder.mkdir()
+    write(folder / "table.csv", [*drawn("ada", 0, 2), *drawn("ben", 0, 9)], "user,a,b,y")
+    data = table(folder)
+    service = node(data, store=str(folder / "node.sqlite"), users=3, keep_gram=True)
+    service.fold_in(*Asker(MODEL, data, sparsity=1).fold_in())
+    service.close()
+    path = settings(folder, data)
+    path.write_text("keep_gram = true\n" + path.read_text())
+    return path
+
+
+OTHER = replace(MODEL, beta=MODEL.beta + np.array([0.3, -0.2, 0.1]), U=np.array([[0.1], [1.0], [-0.7]]))
+
+
+@pytest.mark.parametrize("batch_events", [None, 3])
+def test_with_moments_a_new_release_is_fitted_to_rows_and_events(
+    keeping: Path, tmp_path: Path, small: None, batch_events: int | None
+) -> None:
+    """As a node that learns all from its data, to 1e-8, and again; what is in both counts once."""
+    parts = {"1.csv": ["ada", "cid"], "2.csv": ["ada", "ben"], "3.csv": ["cid", "ada"]}
+    data, lines = load_settings(keeping).data, (keeping.parent / "table.csv").read_text().splitlines()[1:]
+    for number, (name, users) in enumerate(parts.items()):
+        new = [line for user in users for line in drawn(user, 10 * (number + 1), 10 * (number + 1) + 7)]
+        update(keeping, write(tmp_path / name, new, "user,a,b,y"), keep_gram=True, batch_events=batch_events)
+        lines += new
+    write(keeping.parent / "table.csv", lines, "user,a,b,y")
+    for number, model in enumerate([OTHER, replace(OTHER, U=OTHER.U[::-1])]):
+        before = states(keeping, "ada", "ben", "cid")
+        service = node(data, store=str(keeping.parent / "node.sqlite"), users=3, keep_gram=True)
+        service.fold_in(*Asker(model, data, sparsity=2).fold_in())
+        service.close()
+        expected = fitted(tmp_path / f"all-{number}", model, lines)
+        for found, all_at_once, old in zip(states(keeping, "ada", "ben", "cid"), expected, before, strict=True):
+            assert found.batch[0] == old.batch[0] > 0
+            assert np.array_equal(found.support, all_at_once.support)
+            theta, wanted = found.with_model(model).theta, all_at_once.with_model(model).theta
+            np.testing.assert_allclose(theta, wanted, rtol=1e-8)
+            np.testing.assert_allclose(found.precision, all_at_once.precision, rtol=1e-8, atol=1e-9)
+
+
+def test_moments_discount_the_past_once_in_each_batch(keeping: Path, tmp_path: Path, small: None) -> None:
+    """Two pieces of a batch halve ada's two rows once; others' moments stay to the bit."""
+    before = grams(keeping)
+    update(keeping, write(tmp_path / "e.csv", drawn("ada", 0, 30), "user,a,b,y"), forgetting=0.5)
+    after = grams(keeping)
+    assert np.frombuffer(after[0] or b"")[-1] == 31.0
+    assert after[1:] == before[1:]
+
+
+def test_moments_of_a_part_are_never_kept(keeping: Path, tmp_path: Path) -> None:
+    """An update without the setting drops them, and one with it adds none to a state that came without."""
+    rest = keeping.read_text().split("\n", 1)[1]
+    keeping.write_text(rest)
+    update(keeping, write(tmp_path / "1.csv", drawn("ada", 20, 23), "user,a,b,y"))
+    assert [gram is not None for gram in grams(keeping)] == [False, True]
+    keeping.write_text("keep_gram = true\n" + rest)
+    update(keeping, write(tmp_path / "2.csv", drawn("ada", 30, 33) + drawn("cid", 0, 3), "user,a,b,y"))
+    assert [gram is not None for gram in grams(keeping)] == [False, True, True]
+    data = load_settings(keeping).data
+    service = node(data, store=str(keeping.parent / "node.sqlite"), users=3, keep_gram=True)
+    service.fold_in(*Asker(OTHER, data).fold_in())
+    service.close()
+    assert [gram is not None for gram in grams(keeping)] == [False, True, True]
+
+
+def test_moments_are_refused_where_they_would_not_be_kept(keeping: Path, device: Path, tmp_path: Path) -> None:
+    """Too many features, a node without the setting, a store of entities: errors that name the remedy."""
+    new = write(tmp_path / "new.csv", ["ada,.1,.2,5"], "user,a,b,y")
+    for store in (device, entities(tmp_path)):
+        with pytest.raises(UmbelError, match="keep_gram = true"):
+            update(store, new, keep_gram=True)
+    names = tuple({"name": f"x{i}"} for i in range(64))  # and the intercept
+    data = table(keeping.parent, features=names)
+    with pytest.raises(UmbelError, match=r"at most 64 features.*dimension=65.*keep_gram = false"):
+        node(data, users=3, keep_gram=True)
+    path = settings(keeping.parent, data)
+    path.write_text("keep_gram = true\n" + path.read_text())
+    with pytest.raises(UmbelError, match="at most 64 features"):
+        update(path, new)
 
 
 def test_room_for_more_entries_of_b_changes_nothing_else() -> None:
