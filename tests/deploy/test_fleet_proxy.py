@@ -1,6 +1,7 @@
 """The proxy as a process, before a SuperLink that is none and remembers what reaches it."""
 
 import contextlib
+import gc
 import http.client
 import json
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,6 +105,9 @@ def superlink(folder: Path, owner: str = "ours", port: int = 0) -> Iterator[tupl
         finally:
             server.should_exit = True
             thread.join()
+            with warnings.catch_warnings():  # connections that it leaves open when it is told to hurry
+                warnings.simplefilter("ignore", ResourceWarning)
+                gc.collect()
 
 
 @contextlib.contextmanager

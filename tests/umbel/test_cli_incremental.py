@@ -118,7 +118,7 @@ def test_a_node_is_named_by_its_settings_or_its_store(
     store = device.parent / "node.sqlite"
     _, by_store, err = called(capsys, "predict", "--store", store, "--events", new, "--uncertainty")
     assert called(capsys, "predict", device, "--input", new, "--uncertainty")[1] == by_store
-    assert "in 1 rows" in err
+    assert "in 1 of the rows" in err
     by_row = table_of(by_store)
     for user, row in (("ada", by_row[1]), ("eve", by_row[3])):
         _, alone, _ = called(capsys, "predict", device, "--input", new, "--user", user, "--uncertainty")
