@@ -10,6 +10,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from common.records import PROTOCOL_VERSION, encode
+from common.sealing import SIGNATURE_BYTES
 from tests.faults.loopback import BIN, QUIET, Loopback, eventually, loopback, with_group
 
 pytestmark = pytest.mark.faults
@@ -28,6 +30,9 @@ def once(fed: Loopback, folder: str, **replaced: str) -> "subprocess.CompletedPr
     environment = {**os.environ, **QUIET}
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=60, cwd=copy)
 
+
+INTRODUCTION = len(encode({"protocol": PROTOCOL_VERSION, "name": "edge-1", "users": 3}, {})) + SIGNATURE_BYTES
+"""Bytes of a node's answer to who it is."""
 
 old_values = {"auth_key": "auth.key", "root_certificates": "ca.crt"}
 
@@ -49,13 +54,13 @@ def test_resident_nodes_outlive_what_happens_to_them_and_to_the_server(tmp_path:
             fed.register(name)
         first, second = fed.node("edge-1"), fed.node("edge-2")
         fed.run()
-        fed.wait_for([126, 126])
+        fed.wait_for([INTRODUCTION, INTRODUCTION])
 
         before = fed.status("edge-1")["node_id"]
         with_group(first.pid, signal.SIGKILL)
         first.wait()
         first = fed.node("edge-1")
-        fed.wait_for([126, 126])
+        fed.wait_for([INTRODUCTION, INTRODUCTION])
         assert fed.status("edge-1")["node_id"] == before
 
         stranger = tmp_path / "stranger.key"
