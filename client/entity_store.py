@@ -21,9 +21,10 @@ import numpy as np
 
 from client.applied import TABLES, AppliedBatch, add_events, batches, event_tags
 from client.incremental import Curvature, Posterior
-from client.store_file import storage_errors
+from client.store_file import storage_errors, transaction
 from common.errors import StorageError, UmbelError
 from common.files import sync_directory
+from common.linalg import symmetric, upper_triangle
 from common.model import Array, IntArray
 from common.tables import BoolArray
 
@@ -202,12 +203,6 @@ class EntityStore:
         with self._transaction(write=False) as connection:
             return batches(connection)
 
-    def num_entities(self) -> dict[str, int]:
-        """How many there are of each type."""
-        with self._transaction(write=False) as connection:
-            found = dict(connection.execute("SELECT type, count(*) FROM entities GROUP BY type").fetchall())
-        return {name: found.get(number, 0) for number, name in enumerate(self.settings.entities)}
-
     def latest(self) -> float | None:
         """The latest time of an event that was applied."""
         with self._transaction(write=False) as connection:
@@ -254,16 +249,8 @@ class EntityStore:
 
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[sqlite3.Connection]:
-        connection = self._connection
-        with storage_errors():
-            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+        with transaction(self._connection, write=write) as connection:
+            yield connection
 
 
 class EntityChanges:
@@ -373,8 +360,7 @@ def _pack(posterior: Posterior) -> Array:
     """One row an entity: means, then the precision's diagonal or its upper triangle, as little-endian float64."""
     precision = posterior.precision
     if not posterior.is_diagonal:
-        rows, columns = np.triu_indices(precision.shape[1])
-        precision = precision[:, rows, columns]
+        precision = upper_triangle(precision)
     return np.ascontiguousarray(np.concatenate([posterior.mean, precision], axis=1), "<f8")
 
 
@@ -400,10 +386,7 @@ def _unpack(p: int, rows: list[tuple[int, bytes, bytes, int]], *, diagonal: bool
         raise StorageError("Expected coefficients in the store, got something else. Restore the file.") from error
     precision = records[:, p:]
     if not diagonal:
-        upper = np.triu_indices(p)
-        precision = np.empty((n, p, p))
-        precision[:, upper[0], upper[1]] = records[:, p:]
-        precision[:, upper[1], upper[0]] = records[:, p:]
+        precision = symmetric(precision, p)
     return Kept(
         place=np.array([row[0] for row in rows], np.int64),
         features=np.frombuffer(b"".join(row[1] for row in rows), "<i4").reshape(n, p).astype(np.int64),

@@ -10,6 +10,7 @@ import numpy as np
 from client.batches import Batch, Design, Gram, gram_of
 from client.refolding import LARGEST_GRAM
 from common.errors import StorageError, UmbelError
+from common.linalg import symmetric, upper_triangle
 from common.model import Array
 from common.tables import BoolArray
 
@@ -38,8 +39,7 @@ def moments_of(batch: Batch) -> Gram:
 
 def to_records(gram: Gram) -> list[bytes | None]:
     """One record a user; None where a number is not finite."""
-    rows, columns = np.triu_indices(gram.v.shape[1])
-    parts = (gram.G[:, rows, columns], gram.v, gram.square[:, None], gram.count[:, None])
+    parts = (upper_triangle(gram.G), gram.v, gram.square[:, None], gram.count[:, None])
     packed: Array = np.concatenate(parts, axis=1).astype("<f8")
     finite: BoolArray = np.all(np.isfinite(packed), axis=1)
     return [row.tobytes() if good else None for row, good in zip(packed, finite, strict=True)]
@@ -51,15 +51,12 @@ def from_records(records: Sequence[bytes | None], dimension: int) -> tuple[BoolA
     Raises:
         StorageError: If a record is of another number of features.
     """
-    upper = np.triu_indices(dimension)
-    width = upper[0].size + dimension + 2
+    size = dimension * (dimension + 1) // 2
+    width = size + dimension + 2
     if any(record is not None and len(record) != 8 * width for record in records):
         raise StorageError("Expected X'DX of the model's features in the device store, got others. Restore the file.")
     data = b"".join(bytes(8 * width) if record is None else record for record in records)
     packed = np.frombuffer(data, "<f8").reshape(-1, width)
-    triangle, v, rest = np.split(packed, [upper[0].size, width - 2], axis=1)
-    G = np.zeros((len(packed), dimension, dimension))
-    G[:, upper[0], upper[1]] = triangle
-    G[:, upper[1], upper[0]] = triangle
+    triangle, v, rest = np.split(packed, [size, width - 2], axis=1)
     found = np.array([record is not None for record in records], np.bool_)
-    return found, Gram(G=G, v=v, square=rest[:, 0], count=rest[:, 1])
+    return found, Gram(G=symmetric(triangle, dimension), v=v, square=rest[:, 0], count=rest[:, 1])

@@ -11,7 +11,8 @@ from client.kept_gram import from_records, to_records
 from client.kept_model import KeptModel
 from client.personal_update import Personal, from_state, update_personal, with_slots
 from client.refolding import gram_after, refold, refold_gram
-from client.store import BoolArray, StateChanges, StoredStates
+from client.store import BoolArray, StateChanges
+from client.stored_states import StoredStates
 from common.errors import UmbelError
 from common.families import FAMILIES
 from common.model import Array, IntArray, PersonalState

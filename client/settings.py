@@ -34,6 +34,8 @@ class Limits(BaseModel):
     min_noise_multiplier: str | None = None
     min_clipping_norm: Positive | None = None
     max_clipping_norm: Positive | None = None
+    min_sampling_probability: str | None = None
+    max_sampling_probability: str | None = None
 
 
 class NodeSettings(BaseModel):

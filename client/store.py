@@ -13,64 +13,21 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from client.applied import AppliedBatch, add_events, batches, event_tags
-from client.store_file import FULL, MEMORY, connect, shred_set_aside_files, storage_errors
+from client.store_file import FULL, MEMORY, connect, shred_set_aside_files, storage_errors, transaction
+from client.stored_states import StoredStates, load_states, save_states
 from common.errors import Refused, StorageError, UmbelError
-from common.model import Array, IntArray, PersonalState, SharedModel
+from common.model import Array, IntArray, PersonalState
 
 NOTHING_ACKNOWLEDGED = (-1, bytes(32))
 """The sequence and head before a node has verified any line of a ledger."""
 BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StoredStates:
-    """What is kept of the posteriors of n users; theta is not, as it follows from the model.
-
-    Attributes:
-        found: `n` bool; the other fields are zero, and -1 in `support`, where there is no state.
-        model_digest: `n x 32` uint8, which model each state was computed with.
-        w: `n x r`.
-        support: `n x k` int64.
-        b: `n x k`.
-        scale: `n`.
-        precision: `n x (r+k) x (r+k)`.
-        share: `n x k`, the share of b's variance in each slot's prior; 0 where it was not kept.
-        batch: `n` int64, the last batch of events that each state was updated with; 0 for none.
-    """
-
-    found: BoolArray
-    model_digest: npt.NDArray[np.uint8]
-    w: Array
-    support: IntArray
-    b: Array
-    scale: Array
-    precision: Array
-    share: Array
-    batch: IntArray
-
-    def with_model(self, model: SharedModel) -> PersonalState:
-        """The states as posteriors under the model they came from; the prior where none was found."""
-        columns = np.maximum(self.support, 0)
-        theta = model.beta + self.w @ model.U.T
-        np.add.at(theta, (np.arange(len(theta))[:, None], columns), np.where(self.support >= 0, self.b, 0.0))
-        rank, sparsity = self.w.shape[1], self.b.shape[1]
-        prior = np.diag([1.0] * rank + [1 / model.b_variance] * sparsity)
-        return PersonalState(
-            w=self.w,
-            support=self.support,
-            b=self.b,
-            scale=np.where(self.found, self.scale, 1.0),
-            precision=np.where(self.found[:, None, None], self.precision, prior),
-            theta=theta,
-        )
 
 
 class DeviceStore:
@@ -354,7 +311,7 @@ class DeviceStore:
                 f"got {len(state.w)} users and {len(model_digest)} bytes."
             )
         with self._transaction(write=True) as connection:
-            _save(connection, self._ids_of(users), state, model_digest, share=None, batch=0, grams=grams)
+            save_states(connection, self._ids_of(users), state, model_digest, share=None, batch=0, grams=grams)
 
     def load_states(self, users: Sequence[str], layout: tuple[int, int] | None = None) -> StoredStates:
         """The posteriors of `users`, in their order.
@@ -365,7 +322,7 @@ class DeviceStore:
                 a state of another layout are not found.
         """
         with self._transaction(write=False) as connection:
-            return _load(connection, self._ids_of(users), layout)
+            return load_states(connection, self._ids_of(users), layout)
 
     def batches(self) -> list[AppliedBatch]:
         """The batches of events that states were updated with."""
@@ -445,16 +402,8 @@ class DeviceStore:
 
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[sqlite3.Connection]:
-        connection = self._connection
-        with self._lock, storage_errors():
-            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._connection, write=write) as connection:
+            yield connection
 
     def _tag(self, user: str) -> bytes:
         return hmac.digest(self._key, user.encode(), "sha256")
@@ -508,7 +457,7 @@ class StateChanges:
 
     def load(self, users: Sequence[str], layout: tuple[int, int]) -> StoredStates:
         """As `DeviceStore.load_states`."""
-        return _load(self.connection, self._ids_of(users), layout)
+        return load_states(self.connection, self._ids_of(users), layout)
 
     def grams(self, users: Sequence[str]) -> list[bytes | None]:
         """What was saved of each user's moments, None where there is nothing."""
@@ -527,42 +476,7 @@ class StateChanges:
         grams: Sequence[bytes | None] | None = None,
     ) -> None:
         """As `DeviceStore.save_states`, with the shares of b's variance and the number of the batch of events."""
-        _save(self.connection, self._ids_of(users), state, model_digest, share=share, batch=batch, grams=grams)
-
-
-def _save(
-    connection: sqlite3.Connection,
-    ids: Sequence[int],
-    state: PersonalState,
-    model_digest: bytes,
-    *,
-    share: Array | None,
-    batch: int,
-    grams: Sequence[bytes | None] | None,
-) -> None:
-    records = _pack(state)
-    width, data = records.shape[1] * 8, records.tobytes()
-    rank, sparsity = state.w.shape[1], state.b.shape[1]
-    shares = [None] * len(ids) if share is None else [row.astype("<f8").tobytes() for row in share]
-    moments = [None] * len(ids) if grams is None else grams
-    connection.executemany(
-        "INSERT OR REPLACE INTO states (user, rank, sparsity, model_digest, record, share, batch, gram) "
-        "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 FROM users WHERE id = ?1 AND NOT forgotten",
-        (
-            (user, rank, sparsity, model_digest, data[i * width : (i + 1) * width], shares[i], batch, moments[i])
-            for i, user in enumerate(ids)
-        ),
-    )
-
-
-def _load(connection: sqlite3.Connection, ids: list[int], layout: tuple[int, int] | None) -> StoredStates:
-    rows = connection.execute(
-        "SELECT user, rank, sparsity, model_digest, record, share, batch "
-        "FROM json_each(?) CROSS JOIN states ON user = value",
-        (json.dumps(ids),),
-    ).fetchall()
-    rank, sparsity = layout or next(((row[1], row[2]) for row in rows), (0, 0))
-    return _unpack(ids, [row for row in rows if row[1:3] == (rank, sparsity)], rank, sparsity)
+        save_states(self.connection, self._ids_of(users), state, model_digest, share=share, batch=batch, grams=grams)
 
 
 def _acknowledged(connection: sqlite3.Connection, ledger_id: str) -> tuple[int, bytes]:
@@ -625,46 +539,3 @@ def _to_bitmap(ids: IntArray, size: int) -> bytes:
 
 def _from_bitmap(bitmap: bytes) -> IntArray:
     return np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little"))
-
-
-def _pack(state: PersonalState) -> Array:
-    """One row a user: w, support, b, scale, upper triangle of the precision, as little-endian float64."""
-    rows, columns = np.triu_indices(state.precision.shape[1])
-    parts = (state.w, state.support, state.b, state.scale[:, None], state.precision[:, rows, columns])
-    return np.concatenate(parts, axis=1).astype("<f8")
-
-
-def _unpack(ids: list[int], rows: list[tuple[Any, ...]], rank: int, sparsity: int) -> StoredStates:
-    size = rank + sparsity
-    upper = np.triu_indices(size)
-    width = rank + 2 * sparsity + 1 + upper[0].size
-    records = np.zeros((len(ids), width))
-    records[:, rank : rank + sparsity] = -1
-    digests = np.zeros((len(ids), 32), np.uint8)
-    found = np.zeros(len(ids), np.bool_)
-    share, batch = np.zeros((len(ids), sparsity)), np.zeros(len(ids), np.int64)
-    if rows:
-        place = {user: position for position, user in enumerate(ids)}
-        index = [place[row[0]] for row in rows]
-        records[index] = np.frombuffer(b"".join(row[4] for row in rows), "<f8").reshape(-1, width)
-        digests[index] = np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, 32)
-        found[index] = True
-        batch[index] = [row[6] for row in rows]
-        for place_of, row in zip(index, rows, strict=True):
-            if row[5] is not None:
-                share[place_of] = np.frombuffer(row[5], "<f8")
-    w, support, b, scale, triangle = np.split(records, np.cumsum([rank, sparsity, sparsity, 1]).tolist(), axis=1)
-    precision = np.zeros((len(ids), size, size))
-    precision[:, upper[0], upper[1]] = triangle
-    precision[:, upper[1], upper[0]] = triangle
-    return StoredStates(
-        found=found,
-        model_digest=digests,
-        w=w,
-        support=support.astype(np.int64),
-        b=b,
-        scale=scale[:, 0],
-        precision=precision,
-        share=share,
-        batch=batch,
-    )

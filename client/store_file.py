@@ -27,7 +27,7 @@ from common.model import IntArray
 MEMORY = ":memory:"
 FULL = 2**62
 """The filter of a user who can contribute no more: above every limit, and no cost changes it."""
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 4  # 2 and 3 were never released
 _APPLICATION_ID = 0x756D6231  # "umb1"
 _LOCK_TIMEOUT = 10.0
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -86,7 +86,7 @@ CREATE TABLE models (
 );
 {TABLES}"""
 
-_FROM_VERSION_1 = """
+_FROM_VERSION_1 = f"""
 ALTER TABLE users ADD COLUMN contributions INTEGER NOT NULL DEFAULT 0
     CHECK (typeof(contributions) = 'integer' AND contributions >= 0);
 CREATE TRIGGER a_count_never_goes_down BEFORE UPDATE OF contributions ON users
@@ -98,14 +98,10 @@ CREATE TABLE models (
     digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
     record BLOB NOT NULL
 );
-"""
-
-_FROM_VERSION_2 = f"""
 ALTER TABLE states ADD COLUMN share BLOB;
 ALTER TABLE states ADD COLUMN batch INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE states ADD COLUMN gram BLOB;
 {TABLES}"""
-
-_FROM_VERSION_3 = "ALTER TABLE states ADD COLUMN gram BLOB;"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +139,24 @@ def storage_errors() -> Iterator[None]:
         raise _failed(error) from error
     except (sqlite3.Error, OSError) as error:
         raise _failed(error) from error
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection, *, write: bool) -> Iterator[sqlite3.Connection]:
+    """All of what is done in here, or nothing.
+
+    Raises:
+        StorageError: What SQLite or the file system raises.
+    """
+    with storage_errors():
+        connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        try:
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
 
 
 def _failed(error: Exception) -> StorageError:
@@ -288,22 +302,16 @@ def _version(connection: sqlite3.Connection) -> int:
 def _migrate(path: Path) -> None:
     """Bring a sound file of an earlier version to this one, in one transaction."""
     with closing(_configured(str(path))) as connection:
-        version = _version(connection)
-        if version == SCHEMA_VERSION:
+        if _version(connection) == SCHEMA_VERSION:
             return
-        connection.execute("BEGIN IMMEDIATE")
-        if version == 1:
-            _count_contributions(connection)
-        for script in (_FROM_VERSION_2, _FROM_VERSION_3)[max(version - 2, 0) :]:
-            for statement in _statements(script):
+        with transaction(connection, write=True):
+            for statement in _statements(_FROM_VERSION_1):
                 connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        connection.execute("COMMIT")
+            _count_contributions(connection)
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _count_contributions(connection: sqlite3.Connection) -> None:
-    for statement in _statements(_FROM_VERSION_1):
-        connection.execute(statement)
     charges = connection.execute("SELECT ledger_id, sequence, cost, charged FROM charges").fetchall()
     counted = _recount(charges)[1]
     rows = connection.execute("SELECT id, forgotten FROM users").fetchall()

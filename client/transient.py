@@ -11,7 +11,7 @@ import numpy.typing as npt
 from client.store import NOTHING_ACKNOWLEDGED
 from client.store_file import FULL
 from common.errors import Refused
-from common.model import IntArray, PersonalState
+from common.model import IntArray
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -114,12 +114,6 @@ class TransientStore:
         self._spent[charged] = np.where(spent > FULL - cost, FULL, spent + cost)
         self._contributions[charged] += 1
         self.acknowledge(ledger_id, sequence, head, public_key=public_key)
-
-    def save_states(self, users: Sequence[str], state: PersonalState, model_digest: bytes) -> None:
-        """Nothing is kept."""
-
-    def save_model(self, digest: bytes, record: bytes) -> None:
-        """Nothing is kept."""
 
     def _index(self, users: Sequence[str]) -> IntArray:
         """Their places; remembered, as the same users are asked for again and again."""

@@ -7,6 +7,7 @@ because each product is a matrix product of that user's own and everything else 
 import math
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 Array = Any
@@ -69,6 +70,21 @@ def triangle(p: int, *, like: Array) -> tuple[Array, Array, Array]:
     row, column = xp.nonzero(xp.triu(ones))
     root = xp.full(row.shape, math.sqrt(2), dtype=like.dtype, device=like.device)
     return row, column, xp.where(row == column, xp.ones_like(root), root)
+
+
+def upper_triangle(A: Array) -> Array:
+    """`n x p(p+1)/2`, the entries of `n x p x p` NumPy matrices on and above the diagonal, by rows, as they are."""
+    rows, columns = np.triu_indices(A.shape[1])
+    return A[:, rows, columns]
+
+
+def symmetric(triangle: Array, p: int) -> Array:
+    """`n x p x p` symmetric matrices, whose `upper_triangle` is `triangle`."""
+    rows, columns = np.triu_indices(p)
+    A = np.zeros((len(triangle), p, p))
+    A[:, rows, columns] = triangle
+    A[:, columns, rows] = triangle
+    return A
 
 
 def inverse_positive(A: Array) -> Array:

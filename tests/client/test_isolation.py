@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from client.shard import CHUNK_BYTES, Shard
 from common.data import partition, select
-from common.families import FAMILIES
+from common.families import FAMILIES, LINEAR_FAMILIES
 from common.model import SharedModel
 from privacy.layout import Group, Layout
 from server.layout import contribution_layout
@@ -89,14 +89,14 @@ def check_others_do_not_move(family: str, name: str, j: int, layout: Layout) -> 
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
 def test_nobody_moves_when_one_user_turns_bad(family, name):
     """Every other user's integers are the same bits, whatever one user's data turn into."""
     for j in (0, 6) if name == "1e5 rows" else (0, 1, 6, 10):
         check_others_do_not_move(family, name, j, LAYOUTS["without noise"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
 def test_nobody_moves_on_the_private_grid(family):
     """The same on the grid of private releases."""
     for name in ("NaN", "empty", "1e300"):
@@ -104,7 +104,7 @@ def test_nobody_moves_on_the_private_grid(family):
 
 
 @pytest.mark.parametrize("bound", [1e3, 1e160, np.inf])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
 def test_padding_is_nobodys_data(family, bound):
     """Whatever the declared bound lets in, one user's examples do not stand in for another's missing ones."""
     users = users_of(family, counts=(5, 17, 17, 18, 9))
@@ -117,7 +117,7 @@ def test_padding_is_nobodys_data(family, bound):
 
 
 @pytest.mark.parametrize("name", ["NaN", "infinity", "empty", "no weights", "bad weights"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
 def test_a_user_without_usable_examples_adds_zeros(family, name):
     """Nothing usable is absence: not even the clip bit is sent."""
     users = users_of(family)
@@ -125,7 +125,7 @@ def test_a_user_without_usable_examples_adds_zeros(family, name):
     assert not total(population, family, LAYOUTS["without noise"]).any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_chunks_do_not_matter(family, weighted):
     """One user a chunk or all in one, cached or not: the same integers."""
@@ -137,7 +137,7 @@ def test_chunks_do_not_matter(family, weighted):
     assert np.array_equal(total(population, family, layout, 5000, cache_bytes=0), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
 def test_nodes_and_order_do_not_matter(family):
     """Users on one node or on many, in any order: the same sum."""
     population = population_of(users_of(family, seed=2, counts=COUNTS * 2))
@@ -150,7 +150,7 @@ def test_nodes_and_order_do_not_matter(family):
     assert np.array_equal(total(select(population, order), family, layout), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
 def test_weights_of_one_are_no_weights(family):
     """Whether anybody's examples are weighted is not seen in the others: 1 written out is 1 left out."""
     population = population_of(users_of(family, seed=3, counts=(16, 16, 16, 12, 12)))
@@ -159,7 +159,7 @@ def test_weights_of_one_are_no_weights(family):
     assert np.array_equal(total(population, family, layout), total(without, family, layout))
 
 
-@given(data=st.data(), family=st.sampled_from(sorted(FAMILIES)))
+@given(data=st.data(), family=st.sampled_from(sorted(LINEAR_FAMILIES)))
 @settings(max_examples=40, deadline=None)
 def test_a_users_integers_are_its_own(data, family):
     """For drawn populations, the sum over all is the sum of each alone, on the finest grid."""

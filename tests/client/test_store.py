@@ -732,7 +732,12 @@ def test_a_store_of_version_1_is_migrated_in_place(path):
     for _ in range(2):
         with DeviceStore.open(path, USERS) as store:
             is_as_version_1_left_it(store)
-            assert store.load_states(USERS).found.tolist() == [True, False, False]
+            found = store.load_states(USERS)
+            assert found.found.tolist() == [True, False, False]
+            assert (found.w[0].tolist(), found.scale[0]) == ([0.0, 1.0], 4.0)
+            assert (found.share.any(), found.batch.any(), store.batches()) == (False, False, [])
+            with store.changing() as changes:
+                assert changes.grams(USERS) == [None] * 3
     assert store_file.set_aside_files(path) == []
     with DeviceStore.open(path, USERS) as store:
         charge(store, 8, [True, False, False], public_key=b"k" * 32)
@@ -752,50 +757,6 @@ def test_a_migration_that_is_cut_short_is_done_again(path, monkeypatch):
     monkeypatch.undo()
     with DeviceStore.open(path, USERS) as store:
         is_as_version_1_left_it(store)
-
-
-def test_a_store_of_version_2_is_migrated_in_place(path):
-    """States stay, to the bit; of what they were updated with nothing is known."""
-    with DeviceStore.open(path, USERS) as store:
-        charge(store, 5, [True, False, False])
-        store.save_states(USERS, random_state(3), DIGEST)
-        before = store.load_states(USERS)
-    connection = sqlite3.connect(path)
-    for column in ("share", "batch", "gram"):
-        connection.execute(f"ALTER TABLE states DROP COLUMN {column}")
-    connection.executescript("DROP TABLE batches; DROP TABLE events; PRAGMA user_version = 2")
-    connection.close()
-    for _ in range(2):
-        with DeviceStore.open(path, USERS) as store:
-            after = store.load_states(USERS)
-            assert np.array_equal(after.precision, before.precision)
-            assert (after.share.any(), after.batch.any(), store.batches()) == (False, False, [])
-            assert store.contributions(USERS).tolist() == [1, 0, 0]
-
-
-def test_a_store_of_version_3_is_migrated_in_place(path, monkeypatch):
-    """States with their shares and batches stay, to the bit, also where it was cut short before; no moments."""
-    share = np.array([[0.25, 0.5, 0.0]])
-    with DeviceStore.open(path, USERS) as store, store.changing() as changes:
-        changes.save(["ben"], random_state(1), DIGEST, share=share, batch=4)
-    connection = sqlite3.connect(path)
-    connection.executescript("ALTER TABLE states DROP COLUMN gram; PRAGMA user_version = 3")
-    connection.close()
-    monkeypatch.setattr(store_file, "_FROM_VERSION_3", store_file._FROM_VERSION_3 + "no SQL;")
-    with pytest.raises(StorageError):
-        DeviceStore.open(path, USERS)
-    monkeypatch.undo()
-    for _ in range(2):
-        with DeviceStore.open(path, USERS) as store:
-            after = store.load_states(USERS)
-            assert np.array_equal(after.precision[1], random_state(1).precision[0])
-            assert (after.share[1].tolist(), after.batch.tolist()) == ([0.25, 0.5, 0.0], [0, 4, 0])
-            with store.changing() as changes:
-                assert changes.grams(USERS) == [None] * 3
-    with DeviceStore.open(path, USERS) as store:
-        store.save_states(["ada"], random_state(1), DIGEST, grams=[b"moments"])
-        with store.changing() as changes:
-            assert changes.grams(USERS) == [b"moments", None, None]
 
 
 def test_moments_are_erased_with_their_user_and_replaced_with_the_state(path):
