@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from common.errors import UmbelError
 from common.task import Fitting, Moment
 
-Family: TypeAlias = Literal["squared", "logistic"]
+Family: TypeAlias = Literal["squared", "logistic", "softmax"]
 Algorithm: TypeAlias = Literal["gradient", "amht-lrs"]
 DataFormat: TypeAlias = Literal["auto", "movielens-1m", "movielens-100k", "ratings", "table", "synthetic"]
 
@@ -191,8 +191,9 @@ class DataConfig(_Section):
         item_features: CSV of public item features: the item column and numeric columns.
         catalogue: Public list of item ids, one a line; items become one-hot.
         target_range: Lowest and highest target, declared and not computed from users' data.
-        target_offset: Taken off the target; by default the middle of the range.
+        target_offset: Taken off the target; by default the middle of the range, and nothing for classes.
         test_fraction: Share of examples held out, by rule.
+        split_column: Column of a table; rows with the same value there, of whatever users, are held out together.
         split_seed: Which split; harmless.
         on_bad_rows: Stop a simulation at a bad row, or drop and count it; a node always does the latter.
         max_examples: Public limit on a user's examples; a fixed random sample is kept of more.
@@ -214,6 +215,7 @@ class DataConfig(_Section):
     target_range: Range | None = None
     target_offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
     test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
+    split_column: str | None = None
     split_seed: Seed = 0
     on_bad_rows: Literal["error", "skip"] = "error"
     max_examples: Count = 2000

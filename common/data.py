@@ -134,7 +134,7 @@ class Population:
         y: `N` float64, targets with the offset removed and clipped to the declared range.
         weight: `N` float64 at least 0, or None where every example weighs 1.
         features: `N x d`, dense or through an item table.
-        key: `N` uint64, `example_keys` of user and item, event or row; what the split goes by.
+        key: `N` uint64, what the split goes by: `example_keys` of user and item, event or row, or `shared_keys`.
     """
 
     users: tuple[str, ...]
@@ -193,6 +193,11 @@ def example_keys(user_hash: KeyArray, example_hash: KeyArray) -> KeyArray:
     It depends on nothing but the two names, so a user's split stays when others come or go.
     """
     return splitmix64(splitmix64(user_hash) ^ example_hash)
+
+
+def shared_keys(value_hash: KeyArray) -> KeyArray:
+    """One key a value, whoever's examples have it: splitmix64(hash of the value)."""
+    return splitmix64(value_hash)
 
 
 def row_hashes(counts: IntArray) -> KeyArray:
@@ -265,8 +270,14 @@ def partition(population: Population, num_nodes: int, index: int) -> Population:
     return select(population, np.arange(index * n // num_nodes, (index + 1) * n // num_nodes))
 
 
-def limit_examples(population: Population, max_examples: int) -> Population:
+def limit_examples(population: Population, max_examples: int, *, drawn_by: KeyArray | None = None) -> Population:
     """At most `max_examples` of each user: those with the smallest keys, which is a fixed random sample.
+
+    Args:
+        population: The users and all their examples.
+        max_examples: The limit.
+        drawn_by: `N` uint64, the keys; by default those of the split. `example_keys` where users share those: by the
+            smallest of shared keys everybody would keep the same values, and none of the others.
 
     Raises:
         ValueError: If `max_examples` is not positive.
@@ -276,10 +287,11 @@ def limit_examples(population: Population, max_examples: int) -> Population:
     long_users = np.flatnonzero(population.counts > max_examples)
     if not long_users.size:
         return population
+    keys = population.key if drawn_by is None else drawn_by
     mask = np.ones(population.num_examples, dtype=np.bool_)
     for i in long_users:
         start, stop = population.offsets[i : i + 2]
-        beyond = np.argsort(population.key[start:stop], kind="stable")[max_examples:]
+        beyond = np.argsort(keys[start:stop], kind="stable")[max_examples:]
         mask[start + beyond] = False
     return take_examples(population, mask)
 

@@ -1,13 +1,14 @@
-"""Loss families behind one interface: what an example's likelihood looks like around a linear predictor.
+"""Loss families behind one interface: what an example's likelihood looks like around a predictor.
 
-Each family turns an example (eta = x'theta, y) into a loss, a probability-scale residual and a curvature;
-Newton's working response follows from these, so that one linear solver serves all families.
+Each family turns an example (eta, y) into a loss, a probability-scale residual and a curvature. For the linear
+families eta = x'theta is one number; Newton's working response follows from these, so that one linear solver serves
+all of them. Softmax takes one eta for each class, which only a network gives.
 """
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 Array = Any
 
@@ -17,7 +18,7 @@ class Family(Protocol):
 
     @property
     def name(self) -> str:
-        """`squared` or `logistic`."""
+        """`squared`, `logistic` or `softmax`."""
 
     @property
     def metric(self) -> str:
@@ -76,6 +77,57 @@ class Logistic:
         return p * expit(-eta)
 
 
+@dataclass(frozen=True)
+class Softmax:
+    """Cross-entropy over C classes: P(y = c) = exp(eta_c) / sum_k exp(eta_k); exact at any margin.
+
+    `eta` is `... x C`, of any shape in front of the classes, and `y` is `...`: class numbers 0..C-1, as floats.
+    """
+
+    name: str = "softmax"
+    metric: str = "log_loss"
+
+    def loss(self, eta: Array, y: Array) -> Array:
+        """`...`: log sum_k exp(eta_k) - eta_y, computed without overflow."""
+        xp = array_namespace(eta)
+        shifted = eta - xp.max(eta, axis=-1, keepdims=True)
+        # the largest term of the sum is exp(0) = 1; without it log1p keeps what the others say, however small
+        beside = xp.sum(xp.where(_is_largest(eta), 0.0, xp.exp(shifted)), axis=-1)
+        return xp.log1p(beside) - xp.sum(xp.where(_is_class(eta, y), shifted, 0.0), axis=-1)
+
+    def residual(self, eta: Array, y: Array) -> Array:
+        """`... x C`: onehot(y) - p."""
+        xp = array_namespace(eta)
+        p, complement = _softmax(eta)
+        return xp.where(_is_class(eta, y), complement, -p)
+
+    def curvature(self, eta: Array) -> Array:
+        """`... x C`: p (1 - p), the diagonal of the second derivative diag(p) - p p'."""
+        p, complement = _softmax(eta)
+        return p * complement
+
+
+def _softmax(eta: Array) -> tuple[Array, Array]:
+    """p and 1 - p, both `... x C`; no digit of a small 1 - p is lost to a p that rounds to 1."""
+    xp = array_namespace(eta)
+    terms, largest = xp.exp(eta - xp.max(eta, axis=-1, keepdims=True)), _is_largest(eta)
+    total = xp.sum(terms, axis=-1, keepdims=True)
+    beside = xp.sum(xp.where(largest, 0.0, terms), axis=-1, keepdims=True)
+    return terms / total, xp.where(largest, beside, total - terms) / total
+
+
+def _is_largest(eta: Array) -> Array:
+    """`... x C`, true once for each example: at the first of its largest eta."""
+    xp = array_namespace(eta)
+    return _is_class(eta, xp.argmax(eta, axis=-1))
+
+
+def _is_class(eta: Array, y: Array) -> Array:
+    """`... x C`, true at each example's class."""
+    xp = array_namespace(eta)
+    return xp.arange(eta.shape[-1], device=device(eta)) == y[..., None]
+
+
 def expit(eta: Array) -> Array:
     """1 / (1 + exp(-eta)) without overflow."""
     xp = array_namespace(eta)
@@ -83,4 +135,7 @@ def expit(eta: Array) -> Array:
     return xp.where(eta >= 0, 1 / (1 + small), small / (1 + small))
 
 
-FAMILIES: dict[str, Family] = {"squared": Squared(), "logistic": Logistic()}
+LINEAR_FAMILIES: dict[str, Family] = {"squared": Squared(), "logistic": Logistic()}
+"""Those of one number eta an example, for theta_i = beta + U w_i + b_i."""
+
+FAMILIES: dict[str, Family] = {**LINEAR_FAMILIES, "softmax": Softmax()}

@@ -9,6 +9,7 @@ users' rows.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from common.data import (
     example_keys,
     limit_examples,
     row_hashes,
+    shared_keys,
     text_hashes,
 )
 from common.encoding import ItemTable, encode_features, read_catalogue, read_item_features
@@ -93,6 +95,7 @@ class _Rows:
     weight: Array | None
     time: Array | None
     event: list[str] | None
+    split_by: list[str] | None
     checks: tuple[Check, ...]
 
 
@@ -113,7 +116,8 @@ def load(data: DataConfig, family: Family = "squared") -> Loaded:
 
     Args:
         data: The section `data`.
-        family: The loss: `squared` needs a declared range of the target, `logistic` targets 0 and 1.
+        family: The loss: `squared` needs a declared range of the target, `logistic` targets 0 and 1, `softmax` a
+            declared range [0, C - 1] of whole numbers.
 
     Returns:
         The population, with at most `max_examples` of each user, and its schema.
@@ -140,10 +144,11 @@ def public_schema(data: DataConfig, family: Family = "squared") -> DataSchema:
     Raises:
         DataError: If a declaration or a public file is missing.
     """
+    path = Path(data.source)
+    _refuse_split_column(path, data)
     if data.source == "synthetic":
         drawn = data.synthetic.model_dump(exclude={"users", "examples", "seed", "precision"})
-        return synthetic_schema(**drawn, family=family)
-    path = Path(data.source)
+        return synthetic_schema(**drawn, family=_linear(family))
     if _is_movielens(path, data):
         declared = _declared_movielens(data, family)
         items = read_movies(find_movies(path, data.format))
@@ -249,9 +254,10 @@ def refuse_bad_rows(named: Sequence[str], count: int) -> None:
 
 def _load(data: DataConfig, family: Family) -> Loaded:
     """As `load`, with bad rows dropped whatever `on_bad_rows` says."""
+    path = Path(data.source)
+    _refuse_split_column(path, data)
     if data.source == "synthetic":
         return _load_synthetic(data, family)
-    path = Path(data.source)
     if not path.exists():
         raise NoRows(f"Expected a file or folder, got data.source={data.source!r}. Correct the path.")
     if path.is_dir() and _is_movielens(path, data):
@@ -265,9 +271,27 @@ def _load(data: DataConfig, family: Family) -> Loaded:
 
 def _load_synthetic(data: DataConfig, family: Family) -> Loaded:
     drawn = data.synthetic
-    population, schema, truth = draw_population(**drawn.model_dump(), family=family)
+    population, schema, truth = draw_population(**drawn.model_dump(), family=_linear(family))
     population = limit_examples(population, data.max_examples)
     return Loaded(population=population, schema=schema, format="synthetic", truth=truth)
+
+
+def _linear(family: Family) -> Literal["squared", "logistic"]:
+    if family == "softmax":
+        raise DataError(
+            "Expected model.family='squared' or 'logistic' for data.source='synthetic', whose users are drawn from a "
+            "linear model, got model.family='softmax'. Name a table with classes in data.source."
+        )
+    return family
+
+
+def _refuse_split_column(path: Path, data: DataConfig) -> None:
+    if data.split_column and (data.source == "synthetic" or _is_ratings(data) or _is_movielens(path, data)):
+        raise DataError(
+            f"Expected data.split_column for a table only, got data.split_column={data.split_column!r} with "
+            f"data.source={data.source!r}. Leave it out, for a rating is held out by its user and item, or write the "
+            "rows as a table and declare data.features."
+        )
 
 
 def _is_movielens(path: Path, data: DataConfig) -> bool:
@@ -377,7 +401,7 @@ def _read_rows(path: Path, layout: Layout | None, data: DataConfig, family: Fami
     target = _column("target", data.target, known, path)
     if target in others or user in others:
         raise DataError("Expected data.features without the columns of user and target, got one of them there.")
-    optional = [name for name in (data.weight, data.timestamp, data.event_id) if name]
+    optional = [name for name in (data.weight, data.timestamp, data.event_id, data.split_column) if name]
     named = [user] if user else []
     cells = read_cells(path, [*named, target, *others, *optional], table=data.table, layout=layout)
     y = as_numbers(cells.columns[target])
@@ -385,7 +409,11 @@ def _read_rows(path: Path, layout: Layout | None, data: DataConfig, family: Fami
     checks = [completeness(cells, known), text_check(user, users), number_check(target, y)]
     if family == "logistic":
         checks.append(Check(column=target, expected="0 or 1", bad=(y != 0) & (y != 1)))
-    weight = time = event = None
+    if family == "softmax":
+        last = _last_class(data)
+        bad = ~((y >= 0) & (y <= last) & (y == np.floor(y)))
+        checks.append(Check(column=target, expected=f"a whole number from 0 to {last}", bad=bad))
+    weight = time = event = split_by = None
     if data.weight:
         weight = as_numbers(cells.columns[data.weight])
         checks.append(Check(column=data.weight, expected="a finite number of at least 0", bad=~(weight >= 0)))
@@ -393,11 +421,23 @@ def _read_rows(path: Path, layout: Layout | None, data: DataConfig, family: Fami
         time = as_times(cells.columns[data.timestamp])
         expected = "seconds or an ISO 8601 time"
         checks.append(Check(column=data.timestamp, expected=expected, bad=np.isnan(time)))
+    if data.split_column:
+        split_by = as_texts(cells.columns[data.split_column])
+        checks.append(text_check(data.split_column, split_by))
     if data.event_id:
         event = as_texts(cells.columns[data.event_id])
         checks.append(text_check(data.event_id, event))
         checks.append(_repeated_events(data.event_id, users, event, bad_rows(cells, checks)))
-    return _Rows(cells=cells, users=users, target=y, weight=weight, time=time, event=event, checks=tuple(checks))
+    return _Rows(
+        cells=cells,
+        users=users,
+        target=y,
+        weight=weight,
+        time=time,
+        event=event,
+        split_by=split_by,
+        checks=tuple(checks),
+    )
 
 
 def _repeated_events(column: str, users: Sequence[str], event: Sequence[str], bad: BoolArray) -> Check:
@@ -427,16 +467,17 @@ def _assemble(rows: _Rows, inputs: _Examples, data: DataConfig, family: Family, 
     counts, order = _group(code, rows.time, np.flatnonzero(~bad), len(users))
     y = rows.target[order] - schema.target_offset
     user_hash = np.repeat(text_hashes(users, kind="user"), counts)
+    own_keys = example_keys(user_hash, _example_hashes(rows, inputs, counts, order))
     population = Population(
         users=users,
         offsets=np.concatenate([[0], np.cumsum(counts)]),
         y=np.clip(y, low, high),
         weight=None if rows.weight is None else rows.weight[order],
         features=inputs.features.take(order),
-        key=example_keys(user_hash, _example_hashes(rows, inputs, counts, order)),
+        key=own_keys if rows.split_by is None else _shared_keys(rows.split_by, order),
     )
     return Loaded(
-        population=limit_examples(population, data.max_examples),
+        population=limit_examples(population, data.max_examples, drawn_by=own_keys),
         schema=schema,
         format=name,
         bad_rows=(*rows.cells.unread, *named, *_name_users_without_rows(rows.cells, code, counts)),
@@ -449,7 +490,7 @@ def _schema(names: tuple[str, ...], second_moment: Array, data: DataConfig, fami
     """What is public about a table or ratings.
 
     Raises:
-        DataError: If the target's range is not declared.
+        DataError: If the target's range is not declared, or not as the family needs it.
     """
     low, high, offset = _declared_target(data, family)
     return DataSchema(
@@ -465,6 +506,8 @@ def _declared_target(data: DataConfig, family: Family) -> tuple[float, float, fl
     """Lowest and highest target after the offset, and the offset."""
     if family == "logistic":
         return 0.0, 1.0, 0.0
+    if family == "softmax":
+        return 0.0, float(_last_class(data)), 0.0
     if data.target_range is None:
         raise DataError(
             "Expected data.target_range, the lowest and highest target, got none. It must be declared, "
@@ -473,6 +516,27 @@ def _declared_target(data: DataConfig, family: Family) -> tuple[float, float, fl
     low, high = data.target_range
     offset = low / 2 + high / 2 if data.target_offset is None else data.target_offset
     return low - offset, high - offset, offset
+
+
+def _last_class(data: DataConfig) -> int:
+    """C - 1 for the classes 0..C-1 of a softmax, from the declared range.
+
+    Raises:
+        DataError: If the range is not declared, or is not one of classes.
+    """
+    low, high = data.target_range or (None, None)
+    if low != 0 or high is None or not high.is_integer():
+        given = "none" if data.target_range is None else f"data.target_range={list(data.target_range)}"
+        raise DataError(
+            "Expected data.target_range=[0, C - 1], the first and the last of C classes, for model.family='softmax', "
+            f"got {given}. Number the classes 0, 1, 2, ...; of ten classes it is target_range = [0, 9]."
+        )
+    if data.target_offset:
+        raise DataError(
+            "Expected no data.target_offset for model.family='softmax', whose targets are numbers of classes, got "
+            f"data.target_offset={data.target_offset}. Leave it out."
+        )
+    return int(high)
 
 
 def _number_users(names: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
@@ -505,3 +569,10 @@ def _example_hashes(rows: _Rows, inputs: _Examples, counts: IntArray, order: Int
     if rows.event is not None:
         return text_hashes((rows.event[i] for i in order.tolist()), kind="event")
     return row_hashes(counts)
+
+
+def _shared_keys(values: Sequence[str], order: IntArray) -> KeyArray:
+    """Keys by the column of the split alone; each value is hashed once, as many rows have it."""
+    numbers = {value: i for i, value in enumerate(dict.fromkeys(values))}
+    code = np.fromiter((numbers[value] for value in values), dtype=np.int64, count=len(values))
+    return shared_keys(text_hashes(numbers, kind="split column"))[code[order]]

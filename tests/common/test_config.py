@@ -145,7 +145,7 @@ def test_an_unknown_key_gets_the_nearest_one(tmp_path: Path, text: str, key: str
         ("[privacy]\nmax_nodes_per_user = 0", "got privacy.max_nodes_per_user=0."),
         ("[model]\nrank = 2.5", "a whole number, got model.rank=2.5. Leave it out for the default 8."),
         ("[model]\nrank = true", "a whole number, got model.rank=True."),
-        ('[model]\nfamily = "logit"', "one of 'squared' or 'logistic', got model.family='logit'."),
+        ('[model]\nfamily = "logit"', "one of 'squared', 'logistic' or 'softmax', got model.family='logit'."),
         ("[training]\nround_timeout = inf", "got training.round_timeout=inf."),
         ("[run]\nresume = 1", "true or false, got run.resume=1."),
         ("[data]\nsource = 3", "a text in quotes, got data.source=3."),

@@ -18,6 +18,7 @@ from common.data import (
     partition,
     row_hashes,
     select,
+    shared_keys,
     split,
     splitmix64,
     take_examples,
@@ -27,6 +28,7 @@ from common.data import (
 COUNTS = [3, 0, 2, 4]
 PINNED_KEYS = [18177389058527431675, 2278098680705613515, 568736983198367480]
 PINNED_SPLITS = [[True, False, False], [False, False, True], [False, False, False]]
+PINNED_SHARED_KEYS = [2430437247610845364, 8028781119823111052, 2430437247610845364]
 
 
 def small_population(counts: list[int] = COUNTS, *, items: bool = False, names: str = "abcdefgh") -> Population:
@@ -72,6 +74,13 @@ def test_keys_are_pinned() -> None:
     keys = example_keys(users, text_hashes(["1", "2", "1"], kind="item"))
     assert keys.tolist() == PINNED_KEYS
     assert [held_out(keys, seed, 0.5).tolist() for seed in (0, 1, 2)] == PINNED_SPLITS
+
+
+def test_shared_keys_are_pinned() -> None:
+    """A key by a value alone must never change either (numbers from our own code)."""
+    keys = shared_keys(text_hashes(["1", "2", "1"], kind="split column"))
+    assert keys.tolist() == PINNED_SHARED_KEYS
+    assert keys[0] != text_hashes(["1"], kind="split column")[0]
 
 
 def test_a_name_hashes_differently_as_user_and_as_item() -> None:
@@ -194,6 +203,8 @@ def test_limit_examples_keeps_the_smallest_keys_in_their_order() -> None:
     smallest = np.sort(np.argsort(population.key[:5])[:3])
     assert examples_of(limited) == {"a": smallest.tolist(), "b": [5.0, 6.0]}
     assert limit_examples(population, 5) is population
+    other = np.arange(7, dtype=np.uint64)[::-1]
+    assert examples_of(limit_examples(population, 3, drawn_by=other)) == {"a": [2.0, 3.0, 4.0], "b": [5.0, 6.0]}
     with pytest.raises(ValueError, match="Expected max_examples >= 1, got max_examples=0"):
         limit_examples(population, 0)
 

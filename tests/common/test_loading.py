@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from common.config import DataConfig, FeatureConfig, SyntheticConfig
-from common.data import DenseFeatures, ItemFeatures, Population, split
+from common.data import DenseFeatures, ItemFeatures, Population, held_out, split
 from common.errors import DataError
-from common.loading import Loaded, load
+from common.loading import Loaded, load, public_schema
 
 ROOT = Path(__file__).parents[2]
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -132,6 +132,143 @@ def test_logistic_targets_are_zero_or_one(tmp_path: Path) -> None:
     loaded = load(config.model_copy(update={"on_bad_rows": "skip"}), "logistic")
     assert loaded.population.y.tolist() == [1.0, 0.0]
     assert (loaded.schema.target_range, loaded.schema.target_offset) == ((0.0, 1.0), 0.0)
+
+
+def classes_config(folder: Path, *targets: object, **changes: Any) -> DataConfig:
+    """A table of one user with these targets, of three classes."""
+    text = "user,age,y\n" + "".join(f"a,{20 + i},{target}\n" for i, target in enumerate(targets))
+    return table_config(folder, text, **({"features": FEATURES[:1], "target_range": (0.0, 2.0)} | changes))
+
+
+def test_softmax_targets_are_numbers_of_classes(tmp_path: Path) -> None:
+    """They come out as they are, without an offset, and what both sides agree on says how many classes there are."""
+    config = classes_config(tmp_path, 2, 0, "1.0", 1)
+    loaded = load(config, "softmax")
+    assert loaded.population.y.tolist() == [2.0, 0.0, 1.0, 1.0]
+    assert (loaded.schema.target_range, loaded.schema.target_offset) == ((0.0, 2.0), 0.0)
+    assert loaded.num_clipped == 0
+    assert public_schema(config, "softmax").digest == loaded.schema.digest
+    more = config.model_copy(update={"target_range": (0.0, 9.0)})
+    assert public_schema(more, "softmax").digest != loaded.schema.digest
+
+
+@pytest.mark.parametrize("target", ["3", "-1", "0.5", "1e9", "nan", "", "cat"])
+def test_a_target_that_is_no_class_is_a_bad_row(tmp_path: Path, target: str) -> None:
+    """It is not cut to the nearest class: another class is another answer."""
+    config = classes_config(tmp_path, 1, target, 0)
+    expected = "a whole number from 0 to 2" if target[:1].isdigit() or target == "-1" else "a finite number"
+    with pytest.raises(DataError, match=f"table.csv, row 3, column 'y': Expected {expected}."):
+        load(config, "softmax")
+    loaded = load(config.model_copy(update={"on_bad_rows": "skip"}), "softmax")
+    assert loaded.population.y.tolist() == [1.0, 0.0]
+    assert (loaded.num_bad_rows, loaded.num_clipped) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"target_range": None}, r"data\.target_range=\[0, C - 1\].*got none\..*target_range = \[0, 9\]"),
+        ({"target_range": (1.0, 3.0)}, r"got data\.target_range=\[1\.0, 3\.0\]"),
+        ({"target_range": (0.0, 2.5)}, r"got data\.target_range=\[0\.0, 2\.5\]"),
+        ({"target_range": (-1.0, 1.0)}, r"got data\.target_range=\[-1\.0, 1\.0\]"),
+        ({"target_offset": 1.0}, r"Expected no data\.target_offset.*got data\.target_offset=1\.0\. Leave it out"),
+    ],
+)
+def test_classes_have_to_be_declared(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    """The range of a softmax begins at 0 and ends at a whole number, for rows and for the schema alike."""
+    config = classes_config(tmp_path, 1, 0, **changes)
+    with pytest.raises(DataError, match=problem):
+        load(config, "softmax")
+    with pytest.raises(DataError, match=problem):
+        public_schema(config, "softmax")
+
+
+def test_softmax_has_no_synthetic_users_and_no_ratings_of_movielens(tmp_path: Path) -> None:
+    """The made-up population is linear, and ratings from 1 to 5 are no classes."""
+    for read in (load, public_schema):
+        with pytest.raises(DataError, match=r"data\.source='synthetic'.*model\.family='softmax'"):
+            read(DataConfig(), "softmax")
+        with pytest.raises(DataError, match=r"Expected model\.family='squared'"):
+            read(movielens_folder(tmp_path), "softmax")
+
+
+def shown(folder: Path, rows: list[tuple[str, str]], **changes: Any) -> Population:
+    """A table of users and images, whose feature numbers its rows."""
+    text = "user,image,x,y\n" + "".join(f"{u},{image},{i / 1000},3\n" for i, (u, image) in enumerate(rows))
+    features = (FeatureConfig(name="x"),)
+    return load(table_config(folder, text, **({"features": features, "split_column": "image"} | changes))).population
+
+
+def sides(population: Population, rows: list[tuple[str, str]], seed: int) -> dict[str, set[bool]]:
+    """On which sides of the split an image is: held out, or not."""
+    train, test = split(population, seed, 0.3)
+    found: dict[str, set[bool]] = {}
+    for part, held in ((train, False), (test, True)):
+        for row in np.rint(part.features.rows(slice(None))[:, 0] * 1000).astype(int):
+            found.setdefault(rows[row][1], set()).add(held)
+    return found
+
+
+CROWD = [(f"u{(7 * i) % 20}", f"i{(i * i) % 61}") for i in range(400)]
+
+
+def test_a_split_column_holds_out_the_same_values_for_everybody(tmp_path: Path) -> None:
+    """All rows of an image are on one side, whoever has them; other images are on the other."""
+    population = shown(tmp_path, CROWD)
+    found = sides(population, CROWD, 0)
+    assert all(len(on) == 1 for on in found.values())
+    assert set().union(*found.values()) == {False, True}
+    one_by_one = sides(shown(tmp_path, CROWD, split_column=None), CROWD, 0)
+    assert any(len(on) == 2 for on in one_by_one.values())
+
+
+def test_a_split_column_does_not_look_at_the_rest_of_the_table(tmp_path: Path) -> None:
+    """Another order, other users, or more rows leave an image on its side; another seed splits otherwise."""
+    expected = sides(shown(tmp_path, CROWD), CROWD, 0)
+    for rows in (CROWD[::-1], [(f"other{user}", image) for user, image in CROWD], [*CROWD[200:], *CROWD]):
+        assert sides(shown(tmp_path, rows), rows, 0).items() <= expected.items()
+    assert sides(shown(tmp_path, CROWD), CROWD, 1) != expected
+
+
+def test_the_fraction_of_values_is_held_out(tmp_path: Path) -> None:
+    """Of 20,000 images a fifth, within 5 sd (fails by chance with probability 6e-7); a value is read as text."""
+    rows = [("a", str(i)) for i in range(20_000)]
+    population = shown(tmp_path, rows, max_examples=20_000)
+    assert abs(held_out(population.key, 0, 0.2).mean() - 0.2) < 5 * (0.16 / 20_000) ** 0.5
+    assert shown(tmp_path, [("b", "7")]).key[0] == shown(tmp_path, [("c", " 7 ")]).key[0] == population.key[7]
+
+
+def test_the_limit_of_examples_draws_from_each_users_own(tmp_path: Path) -> None:
+    """With images that users share, those kept differ between users, and are what they were without the column."""
+    rows = [(user, f"i{i}") for user in ("a", "b") for i in range(40)]
+    with_column = shown(tmp_path, rows, max_examples=10)
+    without = shown(tmp_path, rows, max_examples=10, split_column=None)
+    assert with_column.features.rows(slice(None)).tolist() == without.features.rows(slice(None)).tolist()
+    kept = [set(with_column.key[start : start + 10].tolist()) for start in (0, 10)]
+    assert len(kept[0]) == len(kept[1]) == 10
+    assert kept[0] != kept[1]
+
+
+def test_an_empty_cell_of_the_split_column_is_a_bad_row(tmp_path: Path) -> None:
+    """Its user stays, and so do the other rows; a column that is not there is named."""
+    rows = [("a", "i1"), ("b", ""), ("a", "i2")]
+    with pytest.raises(DataError, match=r"row 3, column 'image': Expected a value\."):
+        shown(tmp_path, rows)
+    population = shown(tmp_path, rows, on_bad_rows="skip")
+    assert (population.users, population.counts.tolist()) == (("a", "b"), [2, 0])
+    assert population.key.tolist() == shown(tmp_path, [rows[0], rows[2]]).key.tolist()
+    with pytest.raises(DataError, match="one column 'picture', got no such column"):
+        shown(tmp_path, rows, split_column="picture")
+
+
+def test_only_a_table_has_a_split_column(tmp_path: Path) -> None:
+    """Elsewhere what is held out is a user's item; the key and what to do instead are named."""
+    ratings = ratings_config(tmp_path, "i1\ni2\n", "user,item,rating\na,i1,5\n")
+    for made in (ratings, movielens_folder(tmp_path), DataConfig()):
+        config = made.model_copy(update={"split_column": "item"})
+        for read in (load, public_schema):
+            with pytest.raises(DataError, match=r"got data\.split_column='item' with data\.source=.*Leave it out"):
+                read(config)
 
 
 def test_weights_and_times_are_read(tmp_path: Path) -> None:

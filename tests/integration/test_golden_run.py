@@ -12,7 +12,7 @@ import pytest
 from client.personalize import personalize
 from client.shard import Shard
 from client.sources import node_data
-from common.families import FAMILIES
+from common.families import FAMILIES, LINEAR_FAMILIES
 from common.synthetic import draw_population
 from privacy.entropy import NoNoise
 from server.algorithms import algorithm_of
@@ -77,7 +77,7 @@ def by_function_calls(config):
     return releases, state
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
 def test_two_nodes_two_rounds(tmp_path, family):
     """The same integers by plain function calls and by the real apps over messages, and the pinned ones."""
     shape = {"data__synthetic__dimension": 8, "data__synthetic__rank": 2, "model__rank": 2}
