@@ -201,21 +201,36 @@ def _decoded(payload: bytes) -> Broadcast:
 
 
 def _checked_task(broadcast: Broadcast, policy: Policy) -> Task:
-    d, r = broadcast.model.dimension, broadcast.model.rank
-    if not (0 < d <= policy.max_dimension and r <= min(d, policy.max_rank)):
-        _refuse("policy_shape", f"d <= {policy.max_dimension}, r <= {policy.max_rank} and r <= d", f"{d=}, {r=}")
     task = Task.decode(broadcast.task)
     if task.family not in policy.families:
         _refuse("policy_shape", f"a family of {sorted(policy.families)}", "another")
+    if task.work not in policy.works:
+        _refuse("policy_work", f"work of {sorted(policy.works)}", repr(task.work))
+    if task.adapters is None:
+        _check_linear(task, broadcast, policy)
+        return task
+    D = broadcast.model.dimension
+    if not (task.adapters.trained <= D <= policy.max_coordinates and broadcast.model.rank == 0):
+        _refuse("policy_shape", f"a network of at most {policy.max_coordinates} shared numbers", f"{D=}")
+    if max(task.adapters.rank, task.sparsity) > policy.max_rank:
+        _refuse("policy_shape", f"r and k of at most {policy.max_rank} in a layer", "more")
+    if broadcast.metric.size:
+        _refuse("malformed", "no metric with a network", "one")
+    return task
+
+
+def _check_linear(task: Task, broadcast: Broadcast, policy: Policy) -> None:
+    d, r = broadcast.model.dimension, broadcast.model.rank
+    if broadcast.metric.shape != (d, d):
+        _refuse("malformed", f"a metric of {d} x {d}", "another")
+    if not (0 < d <= policy.max_dimension and r <= min(d, policy.max_rank)):
+        _refuse("policy_shape", f"d <= {policy.max_dimension}, r <= {policy.max_rank} and r <= d", f"{d=}, {r=}")
     if task.sparsity > d:
         _refuse("policy_shape", "sparsity <= d", "another sparsity")
     if (r + task.sparsity) * d > policy.max_coordinates:  # what the solvers keep of a user
         _refuse("policy_shape", f"(r + sparsity) d <= {policy.max_coordinates}", f"{r=}, {d=}, more sparsity")
     if (task.work != "gradient" or task.fitting is not None) and task.family != "squared":
         _refuse("policy_shape", "squared loss with second moments and statistics", "another family")
-    if task.work not in policy.works:
-        _refuse("policy_work", f"work of {sorted(policy.works)}", repr(task.work))
-    return task
 
 
 def _check_reserve(lines: LedgerLines, broadcast: Broadcast) -> None:
@@ -288,7 +303,8 @@ def _check_noise(noise: str, noise_multiplier: str, policy: Policy) -> None:
 
 
 def _check_layout(groups: Any, grid_scale: int, task: Task, broadcast: Broadcast, policy: Policy) -> None:
-    sizes = group_sizes(task.work, broadcast.model.dimension, broadcast.model.rank)
+    dimension = broadcast.model.dimension if task.adapters is None else task.adapters.trained
+    sizes = group_sizes(task.work, dimension, broadcast.model.rank)
     if [(group["name"], group["size"]) for group in groups] != list(sizes.items()):
         _refuse("policy_shape", f"groups {sizes}", "others")
     if sum(sizes.values()) > policy.max_coordinates:

@@ -6,13 +6,13 @@ user's integers; everything else is a refusal with a public code.
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +38,13 @@ from common.records import PROTOCOL_VERSION, Contribution, encode
 from common.sealing import enclose, introduce
 from common.task import Task
 from privacy.keys import load_key
-from privacy.layout import layout_of_event
+from privacy.layout import Layout, layout_of_event
 from privacy.lines import SEEDED_NOISE
 from privacy.participation import admit, cost_units, is_noiseless, is_unlimited, limit_units
 from privacy.sampling import probability_of
+
+if TYPE_CHECKING:
+    from client.node_networks import NodeNetworks
 
 
 class NodeService:
@@ -67,9 +70,16 @@ class NodeService:
             self._store.close()
             raise
         self._schema = self._residents.schema
+        self._networks = None if settings.network is None else self._with_networks(settings.network)
         self._take_up()
         self._contributing = threading.Lock()
         self._sign = None if settings.signing_key is None else load_key(Path(settings.signing_key)).sign
+
+    def _with_networks(self, place: str) -> "NodeNetworks":
+        # torch's world only where there is a network
+        from client.node_networks import NodeNetworks  # noqa: PLC0415
+
+        return NodeNetworks(place, self._schema, self._settings.family, device=self._settings.device)
 
     def close(self) -> None:
         """Close the store."""
@@ -138,14 +148,7 @@ class NodeService:
         mu_max = self._settings.mu_max
         limit = FULL if is_unlimited(mu_max) else limit_units(mu_max)
         layout, num_users = layout_of_event(event), self._population.num_users
-        model, shard = accepted.broadcast.model, self._shard_for(accepted.task, accepted.broadcast.model.rank)
-        contribution = contribution_to(
-            accepted.task,
-            model,
-            accepted.broadcast.metric,
-            clipping_norm=float(event["clipping_norm"]),
-            layout=layout,
-        )
+        shard, contribution = self._shard_and_contribution(accepted, float(event["clipping_norm"]), layout)
         coins = self._coins(accepted, event)
         everybody = np.arange(num_users)
         for _ in range(2):
@@ -160,6 +163,17 @@ class NodeService:
                 return total
         self._charge(accepted, np.zeros(num_users, np.bool_), cost, limit)
         return np.zeros(layout.size, np.int64)
+
+    def _shard_and_contribution(
+        self, accepted: Accepted, clipping_norm: float, layout: Layout
+    ) -> tuple[Shard, Callable[[Batch], IntArray]]:
+        """The users as the task needs them, and what each of them has to say."""
+        task, model = accepted.task, accepted.broadcast.model
+        shard = self._shard_for(task, model.rank)
+        if self._networks is not None:
+            return shard, self._networks.contribution_to(task, model, clipping_norm=clipping_norm, layout=layout)
+        metric = accepted.broadcast.metric
+        return shard, contribution_to(task, model, metric, clipping_norm=clipping_norm, layout=layout)
 
     def _may_contribute(self) -> npt.NDArray[np.bool_]:
         """Who has contributed to fewer releases than the node's operator allows."""
@@ -177,6 +191,8 @@ class NodeService:
 
     def _shard_for(self, task: Task, rank: int) -> Shard:
         """The users as a task needs them; the newest that is not as usual is kept for the next round."""
+        if self._networks is not None:
+            return self._networks.shard_for(task, self._population)
         if task.work == "gradient":
             return self._shard
         wanted = (task.work, task.fold, rank)
@@ -217,7 +233,12 @@ class NodeService:
 
     def _keep_states(self, store: DeviceStore, accepted: Accepted, model_digest: bytes) -> None:
         broadcast, model = accepted.broadcast, accepted.broadcast.model
-        personal = personal_state(accepted.task, model)
+        personal = (
+            personal_state(accepted.task, model)
+            if self._networks is None
+            else self._networks.personal_state(accepted.task, model)
+        )
+        shard = self._shard_for(accepted.task, model.rank)
         kept = KeptModel(
             model=model,
             family=accepted.task.family,
@@ -238,7 +259,7 @@ class NodeService:
             # who has learned from events since goes on from there: they are not in the data that are read here
             with store.changing() as changes:
                 carried = refold_users(changes, users, kept, model_digest, sparsity=sparsity, keep_gram=keep_gram)
-            for chunk, (found, grams) in self._shard.isolated(state):
+            for chunk, (found, grams) in shard.isolated(state):
                 rest = np.flatnonzero(~carried[chunk.users])
                 some = PersonalState(**{field.name: getattr(found, field.name)[rest] for field in fields(found)})
                 names = [users[chunk.users[i]] for i in rest]
@@ -261,7 +282,7 @@ class NodeService:
             raise Refused("purpose", f"Expected a broadcast for {purpose}, got one for another purpose.")
         if accepted.task.family != self._settings.family:
             raise Refused("policy_shape", "Expected this node's loss family, got another.")
-        if accepted.broadcast.model.dimension != self._schema.dimension:
+        if self._networks is None and accepted.broadcast.model.dimension != self._schema.dimension:
             raise Refused("policy_shape", "Expected a model of this node's features, got another dimension.")
         if accepted.broadcast.schema != self._schema.digest:
             raise Refused("policy_columns", "Expected a model of this node's columns and target range, got another.")
@@ -280,5 +301,5 @@ def _finite(state: PersonalState, model: SharedModel) -> PersonalState:
         b=np.where(good[:, None], state.b, 0.0),
         scale=np.where(good, state.scale, 1.0),
         precision=np.where(good[:, None, None], state.precision, prior),
-        theta=np.where(good[:, None], state.theta, model.beta),
+        theta=np.where(good[:, None], state.theta, model.beta[: state.theta.shape[1]]),
     )

@@ -15,6 +15,7 @@ from client.guard import Policy
 from client.store_file import MEMORY
 from common.config import Count, DataConfig, Family, Positive
 from common.errors import UmbelError
+from common.families import LINEAR_FAMILIES
 from privacy.participation import is_unlimited, limit_units, mu_max_string
 
 Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -65,6 +66,9 @@ class NodeSettings(BaseModel):
         allow_statistics: Answer AMHT-LRS too, from whose moments and statistics the server that adds the noise can
             compute X'X of a user who is alone on the node, or y x' of an example where a round uses but one.
         family: Loss family of the target.
+        network: "FILE.py:FUNCTION", which returns the torch module that this node trains, for networks; the code is the
+            node's own, and a message names only its digest.
+        device: Where networks are computed, as torch calls it.
         keep_gram: Keep the moments X'DX of each user's examples, so that a new release is folded in exactly; squared
             loss and at most `client.refolding.LARGEST_GRAM` features.
         data: The users' data; no other columns are ever read.
@@ -99,6 +103,8 @@ class NodeSettings(BaseModel):
     allow_sampling: bool = True
     coin_seed: int | None = None
     family: Family = "squared"
+    network: str | None = None
+    device: str = "cpu"
     keep_gram: bool = False
     partition: Annotated[int, Field(ge=0)] = 0
     partitions: Count = 1
@@ -126,6 +132,12 @@ class NodeSettings(BaseModel):
             raise ValueError("partition below partitions")
         if self.keep_gram and self.family != "squared":
             raise ValueError("keep_gram with squared loss only, for which X'DX is exact; set keep_gram = false")
+        if self.network is None and self.family not in LINEAR_FAMILIES:
+            raise ValueError(
+                f"family of {sorted(LINEAR_FAMILIES)} without network; name the network's file, or another"
+            )
+        if self.network is not None and self.keep_gram:
+            raise ValueError("keep_gram without network; set keep_gram = false")
         if self.epsilon is not None and self.delta is not None:
             promised = limit_units(mu_max_string(self.epsilon, self.delta))
             if is_unlimited(self.mu_max) or limit_units(self.mu_max) > promised:
@@ -137,9 +149,10 @@ class NodeSettings(BaseModel):
 
     def policy(self) -> Policy:
         """The limits that the guard enforces."""
-        works = frozenset({"gradient"}) | ({"moment", "statistics"} if self.allow_statistics else set())
+        linear = frozenset({"gradient"}) | ({"moment", "statistics"} if self.allow_statistics else set())
         return Policy(
-            works=works,
+            works=linear if self.network is None else frozenset({"network"}),
+            families=frozenset({self.family}),
             public_key=bytes.fromhex(self.public_key),
             recovery_key=None if self.recovery_key is None else bytes.fromhex(self.recovery_key),
             require_sealing=self.require_sealing,
@@ -179,6 +192,7 @@ def _with_absolute_paths(settings: NodeSettings, folder: Path) -> NodeSettings:
     return settings.model_copy(
         update={
             "store": absolute(settings.store, but=MEMORY),
+            "network": absolute(settings.network),
             **{name: absolute(getattr(settings, name)) for name in ("signing_key", "root_certificates", "auth_key")},
             "data": data.model_copy(
                 update={

@@ -1,4 +1,4 @@
-"""The configuration: six sections, read once from TOML at the edge of the program and never changed.
+"""The configuration: seven sections, read once from TOML at the edge of the program and never changed.
 
 Below that edge functions take the numbers they use, not the configuration. What can change privacy is in
 `PrivacyConfig` and nowhere else.
@@ -243,6 +243,40 @@ class ModelConfig(_Section):
     sparsity: Annotated[int, Field(ge=0)] = 5
 
 
+class NetworkConfig(_Section):
+    """A network instead of a linear model, whose layers become base + U W_i + B_i.
+
+    `model.rank` and `model.sparsity` are then those of every adapted layer.
+
+    Attributes:
+        module: "FILE.py:FUNCTION", which returns the torch module; without it the model is linear.
+        weights: safetensors file with the module's weights to start from, which everybody may have; by default those
+            that the module comes with.
+        layers: Names of the adapted linear, convolution and embedding layers, or patterns such as "encoder.*".
+        form: How a layer is read as a matrix of d rows: "vector" (d its entries, one column) or "matrix" (the longer
+            side).
+        train_base: Whether the base is learned too; otherwise it stays as it was.
+        steps: Gauss-Newton steps with which a user is fitted.
+        local_steps: 1 has users send a gradient; more have them send how far so many steps moved the shared part.
+        local_step_size: Of each of them.
+        step_size: How far the server's first step goes: in weights if users send gradients, else in clipping norms.
+        U_scale: By how much a typical user moves a layer at the start.
+        b_variance: Prior variance of a nonzero of B at the start.
+    """
+
+    module: str | None = None
+    weights: str | None = None
+    layers: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ("*",)
+    form: Literal["vector", "matrix"] = "vector"
+    train_base: bool = True
+    steps: Annotated[int, Field(ge=1, le=100)] = 2
+    local_steps: Annotated[int, Field(ge=1, le=100)] = 1
+    local_step_size: Positive = 0.1
+    step_size: Positive = 5.0
+    U_scale: Positive = 0.3
+    b_variance: Positive = 0.3
+
+
 class TrainingConfig(_Section):
     """How rounds are run.
 
@@ -253,6 +287,7 @@ class TrainingConfig(_Section):
         start: The run folder or released model that training starts from; by default it starts from public facts alone.
         start_is_public: The operator says that everybody may have that model, which then may be of any ledger.
         engine: "in-process" (this process) or "flower" (the Flower Simulation Engine).
+        device: Where networks are computed, as torch calls it: "cpu", "cuda", "cuda:1".
         nodes: Into how many nodes a simulation splits the users.
         round_timeout: Seconds to wait for replies; a round goes on with whoever answered.
         startup_timeout: Seconds to wait for all nodes of the registry; a run begins with those that are connected.
@@ -263,6 +298,7 @@ class TrainingConfig(_Section):
     start: str | None = None
     start_is_public: bool = False
     engine: Literal["in-process", "flower"] = "in-process"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
     nodes: Count = 2
     round_timeout: Positive = 600.0
     startup_timeout: Positive = 120.0
@@ -352,10 +388,21 @@ class Config(_Section):
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    network: NetworkConfig = NetworkConfig()
     training: TrainingConfig = TrainingConfig()
     amht: AmhtConfig = AmhtConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _family_fits_model(self) -> "Config":
+        if self.network.module is None and self.model.family == "softmax":
+            raise ValueError("network.module, a network, with model.family='softmax'; or another family")
+        if self.network.module is not None and self.training.algorithm != "gradient":
+            raise ValueError("training.algorithm='gradient' with network.module; leave one of them out")
+        if self.network.module is not None and self.training.start is not None:
+            raise ValueError("network.weights instead of training.start with network.module")
+        return self
 
     def to_toml(self) -> str:
         """The configuration as TOML that `load_config` reads back to an equal one, without unset keys."""
@@ -443,7 +490,7 @@ def _nearest(key: str) -> str:
         siblings = [f"{section}.{name}" for name in FeatureConfig.model_fields]
     sections = {k.rpartition(".")[0] for k in known}
     elsewhere = sorted(sections.union(known), key=lambda k: k.count("."), reverse=True)
-    for candidates in (siblings, elsewhere):
+    for candidates in (siblings or list(Config.model_fields), elsewhere):
         by_leaf = {k.rpartition(".")[2]: k for k in candidates}
         if match := difflib.get_close_matches(leaf, by_leaf, n=1):
             return f"Did you mean {by_leaf[match[0]]}?"

@@ -107,7 +107,7 @@ class Broadcast:
         deadline: Unix time in seconds after which a reply no longer counts.
         task: Public settings of the computation (family, sparsity, ...), plain values.
         model: The prior of this round.
-        metric: `d x d` lower triangular R, the public metric in which gradients are clipped.
+        metric: `d x d` lower triangular R, the public metric in which gradients are clipped; `0 x 0` for none.
         schema: `DataSchema.digest` of the data that the model is for, hex.
         sealing_key: X25519 public key of this release (32 bytes), or empty where contributions are not sealed.
     """
@@ -180,7 +180,7 @@ class Broadcast:
             )
             d = broadcast.model.beta.size
             shapes_fit = broadcast.model.U.ndim == 2 and broadcast.model.U.shape[0] == d
-            shapes_fit &= broadcast.metric.shape == (d, d) and broadcast.digests.shape[1:] == (32,)
+            shapes_fit &= broadcast.metric.shape in ((d, d), (0, 0)) and broadcast.digests.shape[1:] == (32,)
             finite = all(np.isfinite(a).all() for a in (broadcast.model.beta, broadcast.model.U, broadcast.metric))
         except (KeyError, TypeError, ValueError) as error:
             raise Refused("malformed", "Expected a broadcast with all its fields.") from error

@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from common.errors import Refused
 
-Work = Literal["gradient", "moment", "statistics"]
+Work = Literal["gradient", "moment", "statistics", "network"]
 Moment = Literal["pair-moments", "moments"]
 Solver = Literal["alternation", "joint", "elimination", "pursuit"]
 Steps = Annotated[int, Field(ge=1, le=1000)]
@@ -54,6 +54,32 @@ class Fitting(_Settings):
         return self
 
 
+class Adapters(_Settings):
+    """How a network's users are fitted and what they send.
+
+    Attributes:
+        architecture: `common.architecture.Architecture.digest` of the network that the release is of.
+        layers: Names of the adapted layers, or patterns.
+        rank: r of each.
+        form: How a layer's matrix is read.
+        train_base: Whether the base is learned too.
+        trained: Coordinates of the shared vector that are learned: its last ones.
+        steps: Gauss-Newton steps in w before b is chosen.
+        local_steps: 1 sends a gradient; more send how far so many steps have moved the shared part.
+        local_step_size: Of each of them, on the gradient of an average example.
+    """
+
+    architecture: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    layers: Annotated[tuple[str, ...], Field(strict=False)] = ("*",)
+    rank: Annotated[int, Field(ge=0, le=256)]
+    form: Literal["vector", "matrix"] = "vector"
+    train_base: bool = True
+    trained: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1, le=100)] = 2
+    local_steps: Annotated[int, Field(ge=1, le=100)] = 1
+    local_step_size: Setting = 0.1
+
+
 class Task(_Settings):
     """The public settings of a round's computation.
 
@@ -64,6 +90,7 @@ class Task(_Settings):
             which U starts, or the statistics A and V of AMHT-LRS.
         moment: Which second moment, where the work is one.
         fitting: How users are fitted by AMHT-LRS; None for the posterior of the default algorithm.
+        adapters: Of a network; None for a linear model.
         fold: (index, folds): the part of a user's examples that this round uses; (0, 1), as always for a gradient, is
             all of them.
     """
@@ -73,6 +100,7 @@ class Task(_Settings):
     work: Work = "gradient"
     moment: Moment = "pair-moments"
     fitting: Fitting | None = None
+    adapters: Adapters | None = None
     fold: Annotated[tuple[int, Annotated[int, Field(le=1_000_000)]], Field(strict=False)] = (0, 1)
 
     @model_validator(mode="after")
@@ -81,7 +109,9 @@ class Task(_Settings):
             raise ValueError("0 <= index < folds")
         if self.work == "statistics" and self.fitting is None:
             raise ValueError("fitting, where statistics are asked for")
-        if self.work == "gradient" and self.fold != (0, 1):
+        if (self.work == "network") != (self.adapters is not None):
+            raise ValueError("adapters where the work is a network's, and nowhere else")
+        if self.work in ("gradient", "network") and self.fold != (0, 1):
             raise ValueError("all examples, where a gradient is asked for")
         return self
 

@@ -102,8 +102,8 @@ def group_sizes(work: str, dimension: int, rank: int) -> dict[str, int]:
 
     Args:
         work: Of `common.task.Work`.
-        dimension: Number of features d.
-        rank: Columns r of U.
+        dimension: Number of features d; of a network how many shared numbers are learned.
+        rank: Columns r of U; 0 for a network, whose every U is among those numbers.
     """
     if work == "moment":
         return {"moment": dimension * (dimension + 1) // 2, "scalars": len(FEW_SCALARS)}

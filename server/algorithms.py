@@ -12,12 +12,14 @@ import numpy as np
 
 from common.config import AmhtConfig, Config
 from common.data import DataSchema
+from common.errors import UmbelError
 from common.model import Array, IntArray, SharedModel
 from common.task import Task, Work
 from privacy.layout import Layout, layout_of_event
 from server.initialization import initial_model, prior_noise_variance, regularized_moment, widened
 from server.layout import contribution_layout
 from server.least_squares import random_directions
+from server.networks import NetworkGradient, NetworkStart, NetworkState
 from server.rounds import ServerState, apply_round, initial_state, public_metric
 from server.statistics import (
     StatisticsState,
@@ -28,7 +30,7 @@ from server.statistics import (
     first_statistics_state,
 )
 
-State = ServerState | StatisticsState
+State = ServerState | StatisticsState | NetworkState
 
 _STARTED_ELAPSED = 2.0
 """Noise-weighted steps that a released model is taken to have behind it, so that the first step from it is half of a
@@ -181,10 +183,29 @@ class AmhtLrs:
         return Task(family="squared", sparsity=self.sparsity, fitting=self.settings.fitting)
 
 
-def algorithm_of(config: Config, start: SharedModel | None = None) -> Algorithm:
-    """The algorithm that a configuration names, with the released model that it starts from, if any."""
+def algorithm_of(config: Config, start: SharedModel | None = None, network: NetworkStart | None = None) -> Algorithm:
+    """The algorithm that a configuration names.
+
+    Args:
+        config: Of the run.
+        start: The released model that it starts from, if any.
+        network: Where it starts, for a run that trains a network.
+    """
     model, clipping = config.model, config.privacy.clipping
     norm = None if clipping == "adaptive" else float(clipping)
+    if config.network.module is not None:
+        if network is None:
+            raise UmbelError(
+                "Expected the start of a network for a run with network.module, got none. Restore its file."
+            )
+        return NetworkGradient(
+            family=model.family,
+            rank=model.rank,
+            sparsity=model.sparsity,
+            clipping_norm=norm,
+            settings=config.network,
+            start=network,
+        )
     if config.training.algorithm == "gradient":
         return Gradient(family=model.family, rank=model.rank, sparsity=model.sparsity, clipping_norm=norm, start=start)
     return AmhtLrs(
@@ -203,8 +224,24 @@ def first_model(schema: DataSchema, rank: int, family: str, rng: np.random.Gener
     return initial_model(schema.feature_second_moment, rank, noise_variance, rng)
 
 
-def largest_layout(config: Config, dimension: int, *, private: bool) -> Layout:
+def layout_of_task(task: Task, dimension: int, rank: int, *, private: bool) -> Layout:
+    """The layout of a round's contributions.
+
+    Args:
+        task: The round's.
+        dimension: Number of features d of a linear model.
+        rank: Columns r of its U.
+        private: Whether there will be noise.
+    """
+    if task.adapters is not None:
+        return contribution_layout(task.adapters.trained, 0, private=private, work=task.work)
+    return contribution_layout(dimension, rank, private=private, work=task.work)
+
+
+def largest_layout(config: Config, dimension: int, *, private: bool, network: NetworkStart | None = None) -> Layout:
     """The layout with the most coordinates that a run's rounds have."""
+    if network is not None:
+        return contribution_layout(network.architecture.trained_size, 0, private=private, work="network")
     works: tuple[Work, ...] = ("gradient",)
     if config.training.algorithm == "amht-lrs":
         works = ("moment", "statistics")

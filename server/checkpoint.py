@@ -11,11 +11,16 @@ from common.errors import UmbelError
 from common.files import make_folder, pack, storing, unpack, write_durably
 from common.model import SharedModel
 from server.algorithms import State
+from server.networks import NetworkState
 from server.rounds import ServerState
 from server.statistics import StatisticsState
 
 _KEPT = 2
-_STATES: dict[str, type[State]] = {"gradient": ServerState, "statistics": StatisticsState}
+_STATES: dict[str, type[State]] = {
+    "gradient": ServerState,
+    "statistics": StatisticsState,
+    "network": NetworkState,
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -61,6 +61,54 @@ class ServerState:
     inverse_moment: Array
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScalarMeans:
+    """The released means of the users' scalars, in the users' own units.
+
+    Attributes:
+        bit: Mean of 1{|x| <= C} - 1/2.
+        present: Share of the (expected) users that took part.
+        reliability: Mean of m / (m + 10) over those who took part, within public bounds.
+        residual: Mean residual score.
+        b_score: Mean b score.
+        stddev: Standard deviation of the noise in each.
+    """
+
+    bit: float
+    present: float
+    reliability: float
+    residual: float
+    b_score: float
+    stddev: float
+
+    @classmethod
+    def of(cls, means: Array, layout: Layout, noise_multiplier: float, denominator: int) -> "ScalarMeans":
+        """From the mean of a release's last group."""
+        to_own = math.sqrt(layout.groups[1].size) / 2  # scalars_to_ball multiplied by 2 / sqrt(c)
+        bit, presence, reliability, residual, b_score = (float(mean) for mean in means * to_own)
+        present = max(2 * presence, _LEAST_PRESENCE)
+        return cls(
+            bit=bit,
+            present=present,
+            reliability=float(np.clip(reliability / present + 0.5, *_RELIABILITY_BOUNDS)),
+            residual=residual,
+            b_score=b_score,
+            stddev=to_own * noise_multiplier / (layout.groups[1].share * denominator),
+        )
+
+    def next_noise_variance(self, variance: float, first: float) -> float:
+        """After the residual score, within public bounds around the first."""
+        scale = 4 / (self.present * self.reliability)
+        low, high = (bound * first for bound in _NOISE_VARIANCE_BOUNDS)
+        return float(np.clip(variance * _factor(scale * self.residual, scale * self.stddev), low, high))
+
+    def next_b_variance(self, variance: float, first: float) -> float:
+        """After the b score, likewise."""
+        scale = 2 / self.present
+        low, high = (bound * first for bound in _B_VARIANCE_BOUNDS)
+        return float(np.clip(variance * _factor(scale * self.b_score, scale * self.stddev), low, high))
+
+
 def initial_state(model: SharedModel, regularized_moment: Array, clipping_norm: float | None) -> ServerState:
     """Before the first round.
 
@@ -131,7 +179,7 @@ def apply_round(
     # the true mean is no longer than C: noise that is cannot be signal, and would feed back through the metric (and
     # with coins, more heads than expected are no signal either)
     gradient = gradient * min(1.0, clipping_norm / max(float(np.linalg.norm(gradient)), clipping_norm))
-    signal = _signal_share(gradient, noise_stddev)
+    signal = signal_share(gradient, noise_stddev)
     elapsed = state.elapsed + max(1 - signal, LEAST_PROGRESS)
     step = 1 / (1 + STEP_DECAY * elapsed)
     velocity = MOMENTUM * signal * _kept_velocity(state.velocity, gradient, metric) + metric @ gradient
@@ -142,25 +190,14 @@ def apply_round(
     if r and elapsed >= _LATE and U_noise > 0:
         U, U_noise = _without_noise_energy(U, U_noise, metric), 0.0
 
-    # back to the users' own units: scalars_to_ball multiplied by 2 / sqrt(c)
-    to_own = math.sqrt(layout.groups[1].size) / 2
-    bit, presence, reliability, residual, b_score = scalar_mean * to_own
-    scalar_stddev = to_own * noise_multiplier / (layout.groups[1].share * denominator)
-    present = max(2 * float(presence), _LEAST_PRESENCE)  # share of the (expected) users that took part
-    mean_reliability = float(np.clip(reliability / present + 0.5, *_RELIABILITY_BOUNDS))
-    reliability_sum = state.reliability_sum + mean_reliability
+    scalars = ScalarMeans.of(scalar_mean, layout, noise_multiplier, denominator)
+    reliability_sum = state.reliability_sum + scalars.reliability
     typical = reliability_sum / (state.server_round + 1)
     noise_variance, b_variance = model.noise_variance, model.b_variance
     if family == "squared":
-        scale = 4 / (present * mean_reliability)
-        noise_variance *= _factor(scale * float(residual), scale * scalar_stddev)
-        low, high = (bound * state.first_noise_variance for bound in _NOISE_VARIANCE_BOUNDS)
-        noise_variance = float(np.clip(noise_variance, low, high))
+        noise_variance = scalars.next_noise_variance(noise_variance, state.first_noise_variance)
     if sparsity:
-        scale = 2 / present
-        b_variance *= _factor(scale * float(b_score), scale * scalar_stddev)
-        low, high = (bound * state.first_noise_variance for bound in _B_VARIANCE_BOUNDS)
-        b_variance = float(np.clip(b_variance, low, high))
+        b_variance = scalars.next_b_variance(b_variance, state.first_noise_variance)
     updated = SharedModel(
         beta=model.beta + step * velocity[:, r],
         U=U,
@@ -168,7 +205,7 @@ def apply_round(
         noise_variance=noise_variance,
     )
     if adapt_clipping and may_adapt(denominator, noise_multiplier):
-        clipping_norm = next_clipping_norm(clipping_norm, float(bit), bounds=CLIPPING_BOUNDS)
+        clipping_norm = next_clipping_norm(clipping_norm, scalars.bit, bounds=CLIPPING_BOUNDS)
     return replace(
         state,
         server_round=state.server_round + 1,
@@ -225,7 +262,7 @@ def _factor(score: float, stddev: float) -> float:
     return float((1 + score) ** (size**2 / (size**2 + stddev**2)))
 
 
-def _signal_share(gradient: Array, noise_stddev: float) -> float:
+def signal_share(gradient: Array, noise_stddev: float) -> float:
     """Share of the released gradient's squared norm that its known noise does not explain, in [0, 1]."""
     energy = float((gradient**2).sum())
     return max(0.0, 1 - gradient.size * noise_stddev**2 / energy) if energy > 0 else 0.0

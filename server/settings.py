@@ -8,6 +8,7 @@ from common.config import Config, load_config
 from common.data import DataSchema
 from common.errors import UmbelError
 from server.checkpoint import load_schema
+from server.networks import NetworkStart, read_network_start
 from server.start import StartModel, read_start
 
 
@@ -35,6 +36,11 @@ class RunFolder:
     def start(self) -> Path:
         """The released model that the run starts from, if it does; its digest is in the run's START line."""
         return self.root / "start.safetensors"
+
+    @property
+    def network(self) -> Path:
+        """The network that the run trains, as it starts, if it trains one; its digest is in the START line."""
+        return self.root / "network.safetensors"
 
     @property
     def registry(self) -> Path:
@@ -121,6 +127,7 @@ class RunSettings:
         noise_multiplier: z of each release as the ledger spells it; "0" without noise.
         configuration_digest: SHA-256 of config.toml, hex.
         start: The released model that it starts from, if any.
+        network: The network that it trains, if any.
     """
 
     run: str
@@ -131,6 +138,7 @@ class RunSettings:
     noise_multiplier: str
     configuration_digest: str
     start: StartModel | None = None
+    network: NetworkStart | None = None
 
 
 def load_run(root: Path) -> RunSettings:
@@ -155,4 +163,5 @@ def load_run(root: Path) -> RunSettings:
         noise_multiplier=config.run.noise_multiplier,
         configuration_digest=sha256(folder.config.read_bytes()).hexdigest(),
         start=None if config.training.start is None else read_start(folder.start),
+        network=None if config.network.module is None else read_network_start(folder.network),
     )

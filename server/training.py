@@ -31,10 +31,9 @@ from privacy.mechanism import check_capacity, release
 from privacy.participation import is_noiseless
 from privacy.promise import reasons_against
 from privacy.sampling import poisson
-from server.algorithms import State, algorithm_of, largest_layout
+from server.algorithms import State, algorithm_of, largest_layout, layout_of_task
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
 from server.initialization import tie_breaker
-from server.layout import contribution_layout
 from server.registry import Registry
 from server.replies import Answer, Replies, check_refusals
 from server.roll_call import Nodes, RollCall
@@ -100,11 +99,15 @@ class _Loop:
         self.registry = registry
         self.nodes = nodes
         self.sign = sign
-        self.algorithm = algorithm_of(settings.config, None if settings.start is None else settings.start.model)
+        self.algorithm = algorithm_of(
+            settings.config, None if settings.start is None else settings.start.model, settings.network
+        )
         self.private = not is_noiseless(settings.noise_multiplier)
         self.noise_name = _noise(settings, 0).name  # before a line is written: a package may be missing
         self.acknowledged: dict[int, int] = {}
-        largest = largest_layout(settings.config, settings.schema.dimension, private=self.private)
+        largest = largest_layout(
+            settings.config, settings.schema.dimension, private=self.private, network=settings.network
+        )
         check_capacity(registry.population_size, largest.grid_scale)
         make_folder(settings.folder.rounds)
         make_folder(settings.folder.evaluation, mode=0o700)
@@ -153,6 +156,8 @@ class _Loop:
         if self.settings.start is not None:
             is_public = config.training.start_is_public
             schedule["start"] = self.settings.start.in_start_line(is_public=is_public)
+        if self.settings.network is not None:
+            schedule["network"] = self.settings.network.digest
         digest = self.settings.configuration_digest
         started = ledger.runs.get(run)
         if config.privacy.sampling_probability is not None:
@@ -207,9 +212,7 @@ class _Loop:
         settings = self.settings
         node_ids = self._invited()
         task = self.algorithm.task(self.state)
-        layout = contribution_layout(
-            settings.schema.dimension, settings.config.model.rank, private=self.private, work=task.work
-        )
+        layout = layout_of_task(task, settings.schema.dimension, settings.config.model.rank, private=self.private)
         event = self._event(task, layout, self._users(node_ids))
         server_round = 1 + len(self.ledger.rounds_of(settings.run))
         reservation = self.ledger.reserve(settings.run, server_round, event, self._users(node_ids))
@@ -258,6 +261,8 @@ class _Loop:
             "target_offset": settings.schema.target_offset,
             "not_private": list(self._reasons_against()),
         }
+        if settings.network is not None:
+            facts["network"] = settings.network.architecture.encode()
         save_model(folder.model, self.state.model, facts)
         self.ledger.copy_to(folder.ledger_copy)
         node_ids = self._invited()

@@ -171,6 +171,7 @@ Examples:
   umbel simulate
   umbel simulate --data ml-1m --epsilon 2 --rounds 20 --ledger ml-1m.jsonl --out runs/first
   umbel simulate --data ml-1m --epsilon 1 --rounds 5 --ledger ml-1m.jsonl --start runs/first
+  umbel simulate --config examples/digits/config.toml --model examples/digits/model.py:make_model
   umbel simulate --resume runs/first""",
     cls=PlainCommand,
 )
@@ -185,8 +186,13 @@ def simulate(
     item_features: Annotated[str | None, typer.Option(help="CSV of public item features.")] = None,
     on_bad_rows: Annotated[str | None, typer.Option(help="error or skip.")] = None,
     split_seed: Annotated[int | None, typer.Option(help="Which held-out split; harmless.")] = None,
-    family: Annotated[str | None, typer.Option(help="Loss: squared or logistic.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Columns of U.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Loss: squared or logistic; softmax for a network of classes.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Adapt the torch module that the function returns.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Columns of U; of a network, of each layer.")] = None,
     sparsity: Annotated[int | None, typer.Option(help="Cap on the nonzeros of a user's own part.")] = None,
     rounds: Annotated[int | None, typer.Option(help="How many releases.")] = None,
     algorithm: Annotated[
@@ -196,6 +202,7 @@ def simulate(
         Path | None, typer.Option(metavar="RUN|MODEL", help="Start from the model of an earlier run on the ledger.")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="in-process or flower.")] = None,
+    device: Annotated[str | None, typer.Option(help="Of networks: cpu, or cuda.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Into how many nodes the users are split.")] = None,
     epsilon: Annotated[str | None, typer.Option(help="Budget of the ledger, or none: NOT PRIVATE.")] = None,
     delta: Annotated[float | None, typer.Option(help="Of the budget; by default min(1e-6, 1/(10 users)).")] = None,
@@ -236,12 +243,14 @@ def simulate(
             "data.on_bad_rows": on_bad_rows,
             "data.split_seed": split_seed,
             "model.family": family,
+            "network.module": model,
             "model.rank": rank,
             "model.sparsity": sparsity,
             "training.rounds": rounds,
             "training.algorithm": algorithm,
             "training.start": start,
             "training.engine": engine,
+            "training.device": device,
             "training.nodes": nodes,
             "privacy.epsilon": epsilon,
             "privacy.delta": delta,

@@ -1,5 +1,6 @@
 """Exact held-out error over the rounds of a simulation: from raw data, for the person who runs it, never published."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from client import sources
 from common.families import FAMILIES
+from common.model import SharedModel
 from privacy.accounting import mu_curve
 from privacy.audit.releases import Releases
 from privacy.audit.verify import verify
@@ -47,15 +49,31 @@ def error_curve(settings: RunSettings) -> list[dict[str, Any]]:
         return []
     steps = [(0, charged[0][1] - 1), *charged]
     shown = set(np.linspace(0, len(steps) - 1, min(_MOST_POINTS, len(steps))).round().astype(int).tolist())
-    source, family = sources.read(config.data, config.model.family), FAMILIES[config.model.family]
-    users, task = users_of(source.train, schema, family), algorithm_of(config).personal_task
+    error_of = _error_of(settings)
     releases = Releases(folder=settings.folder.rounds, run=run)
     points = []
     start = None if settings.start is None else settings.start.model
-    for index, model in enumerate(models_of(config, run, releases, found, schema, start=start)):
+    models = models_of(config, run, releases, found, schema, start=start, network=settings.network)
+    for index, model in enumerate(models):
         if index in shown:
             server_round, number = steps[index]
             epsilon = spent[number]
-            error = held_out_error(theta_under(users, task, model), source.test, source.train, family).error()
-            points.append({"round": server_round, "epsilon": epsilon if np.isfinite(epsilon) else None, "error": error})
+            known = epsilon if np.isfinite(epsilon) else None
+            points.append({"round": server_round, "epsilon": known, "error": error_of(model)})
     return points
+
+
+def _error_of(settings: RunSettings) -> Callable[[SharedModel], float | None]:
+    """The error of all users' personal models under a released one."""
+    config, schema = settings.config, settings.schema
+    if settings.network is not None:
+        from umbel.network_results import network_error_of  # noqa: PLC0415 (torch's world only where it is needed)
+
+        return network_error_of(config, schema, settings.network)
+    source, family = sources.read(config.data, config.model.family), FAMILIES[config.model.family]
+    users, task = users_of(source.train, schema, family), algorithm_of(config).personal_task
+
+    def error_of(model: SharedModel) -> float | None:
+        return held_out_error(theta_under(users, task, model), source.test, source.train, family).error()
+
+    return error_of

@@ -311,7 +311,7 @@ class _Replay:
         A canary keeps its direction, so that its steps add up.
         """
         config, schema = settings.config, settings.schema
-        algorithm = algorithm_of(config, None if settings.start is None else settings.start.model)
+        algorithm = algorithm_of(config, None if settings.start is None else settings.start.model, settings.network)
         first = algorithm.first_state(schema, tie_breaker(settings.run, config.privacy.seed))
         states: list[State] = [first] * len(self.included)
         of_layout: dict[Layout, IntArray] = {}

@@ -10,7 +10,7 @@ from common.config import Config, load_config
 from common.errors import UmbelError
 
 _RESUMED_TOO = {"run.out"}
-_NAMES = {"data.source": "--data", "data.format": "--data-format"}
+_NAMES = {"data.source": "--data", "data.format": "--data-format", "network.module": "--model"}
 """Options that are not called as the last part of their key."""
 _PROBLEM = re.compile(r"(?P<where>.*?): (?P<what>Expected .*?, got (?P<key>[\w.]+)=.*)", re.DOTALL)
 _LEAVE_IT_OUT = re.compile(r"(Correct it or l|L)eave it out( for the default .*)?\.$", re.DOTALL)

@@ -28,6 +28,7 @@ from privacy.promise import reasons_against
 from server.algorithms import algorithm_of
 from server.checkpoint import load_model, load_schema
 from server.initialization import tie_breaker
+from server.networks import NetworkStart, read_network_start
 from server.settings import RunFolder
 from server.start import read_start
 
@@ -67,7 +68,9 @@ def check_model(target: Target, found: Verification) -> ModelCheck:
     try:
         config, schema = load_config(folder.config), load_schema(folder.schema)
         start = _start_of(config, folder, found.runs[run]["schedule"])
-        (model,) = deque(models_of(config, run, target.releases, found, schema, start=start), maxlen=1)
+        network = _network_of(config, folder, found.runs[run]["schedule"])
+        models = models_of(config, run, target.releases, found, schema, start=start, network=network)
+        (model,) = deque(models, maxlen=1)
     except UmbelError as error:
         differs = isinstance(error, VerificationError)
         return ModelCheck(status="differs" if differs else "not recomputed", reason=str(error))
@@ -82,6 +85,8 @@ def check_model(target: Target, found: Verification) -> ModelCheck:
         "feature_names": list(schema.feature_names),
         "target_offset": schema.target_offset,
     }
+    if network is not None:
+        expected["network"] = network.architecture.encode()
     reason = (
         _difference(model, released)
         or _other_fact(expected, facts)
@@ -105,6 +110,21 @@ def _start_of(config: Config, folder: RunFolder, schedule: Mapping[str, Any]) ->
     return None if start is None else start.model
 
 
+def _network_of(config: Config, folder: RunFolder, schedule: Mapping[str, Any]) -> NetworkStart | None:
+    """The network that a run trained, as it started.
+
+    Raises:
+        VerificationError: If START does not say the same about it.
+    """
+    network = None if config.network.module is None else read_network_start(folder.network)
+    ours = None if network is None else network.digest
+    if schedule.get("network") != ours:
+        raise VerificationError(
+            f"Expected the network as the START line has it, {schedule.get('network')}, got {ours}."
+        )
+    return network
+
+
 def _not_recomputed(reason: str) -> ModelCheck:
     return ModelCheck(status="not recomputed", reason=reason)
 
@@ -117,6 +137,7 @@ def models_of(
     schema: DataSchema,
     *,
     start: SharedModel | None = None,
+    network: NetworkStart | None = None,
 ) -> Iterator[SharedModel]:
     """The first model, and the one after every committed release of a run, as `server.training` steps.
 
@@ -127,8 +148,9 @@ def models_of(
         found: The ledger.
         schema: Of the run's data.
         start: The released model that the run started from, if it did.
+        network: The network that it trained, if it did.
     """
-    algorithm = algorithm_of(config, start)
+    algorithm = algorithm_of(config, start, network)
     state = algorithm.first_state(schema, tie_breaker(run, config.privacy.seed))
     yield state.model
     for entry in found.rounds.of_run(run):

@@ -15,6 +15,8 @@ from common.model import SharedModel
 from privacy.entropy import NoiseSource, NoNoise, SystemNoise
 from server.algorithms import algorithm_of
 from server.initialization import tie_breaker
+from server.networks import NetworkStart
+from server.settings import RunSettings
 from umbel.baselines import (
     Mechanism,
     Users,
@@ -33,20 +35,59 @@ _STEPS = {"low_rank": "low rank only", "non_private": "without privacy", "gradie
 
 
 def evaluate(
-    config: Config, schema: DataSchema, model: SharedModel, *, with_baselines: bool, on_step: Any
-) -> tuple[HeldOut, dict[str, HeldOut], dict[str, float]]:
+    settings: RunSettings, model: SharedModel, *, with_baselines: bool, on_step: Any
+) -> tuple[HeldOut, dict[str, HeldOut], dict[str, Any], dict[str, Any]]:
     """Held-out errors of a released model and of everything it is compared with.
 
     Args:
-        config: Of the run.
-        schema: Public facts about the data.
+        settings: Of the run.
         model: The released model.
         with_baselines: Whether to train the baselines too.
         on_step: Called with the name of what is being computed.
 
     Returns:
-        Ours, the baselines by name, and the ridge penalties chosen on validation examples.
+        Ours, the baselines by name, what was chosen on validation examples, and further sections of the results.
     """
+    if settings.network is not None:
+        return _evaluate_network(settings, settings.network, model, with_baselines=with_baselines, on_step=on_step)
+    return *_evaluate_linear(settings.config, settings.schema, model, with_baselines, on_step), {}
+
+
+def _evaluate_network(
+    settings: RunSettings, start: NetworkStart, model: SharedModel, *, with_baselines: bool, on_step: Any
+) -> tuple[HeldOut, dict[str, HeldOut], dict[str, Any], dict[str, Any]]:
+    from umbel.network_results import evaluate_network  # noqa: PLC0415 (torch's world only where there is a network)
+
+    ours, found, chosen = evaluate_network(
+        settings.config,
+        settings.schema,
+        model,
+        start,
+        with_baselines=with_baselines,
+        mechanisms=_mechanisms(settings.config),
+        on_step=on_step,
+    )
+    architecture = start.architecture
+    others: dict[str, Any] = {
+        "network": {
+            "parameters": architecture.num_parameters,
+            "shared_numbers": architecture.trained_size,
+            "personal_numbers": architecture.personal_numbers,
+            "ratio": architecture.ratio,
+            "storage": architecture.storage,
+        }
+    }
+    if ours.error_rate is not None:
+        others["error_rate"] = {
+            "ours": ours.error_rate.summary(),
+            **{name: errors.error_rate.summary() for name, errors in found.items() if errors.error_rate is not None},
+        }
+    return ours.loss, {name: errors.loss for name, errors in found.items()}, chosen, others
+
+
+def _evaluate_linear(
+    config: Config, schema: DataSchema, model: SharedModel, with_baselines: bool, on_step: Any
+) -> tuple[HeldOut, dict[str, HeldOut], dict[str, Any]]:
     family = FAMILIES[config.model.family]
     source = sources.read(config.data, config.model.family)
     train, test = source.train, source.test

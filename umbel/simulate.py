@@ -24,7 +24,7 @@ from privacy.amplification import Schedule, amplified
 from privacy.audit.losses import losses_at
 from privacy.discrete import require_opendp
 from privacy.keys import create_key, load_key
-from privacy.layout import GRID_SCALES
+from privacy.layout import grid_scale_for
 from privacy.ledger import PrivacyLedger
 from privacy.lines import NOISES
 from privacy.mechanism import check_delta_fp, coordinate_distance, delta_fp, distance_of
@@ -33,6 +33,7 @@ from privacy.promise import promise_of_ledger, reasons_against
 from privacy.report_page import write_reports
 from server.algorithms import largest_layout
 from server.checkpoint import load_model, save_schema
+from server.networks import NetworkStart, save_network_start
 from server.registry import registry_of
 from server.sampling import charge_of
 from server.settings import LedgerPlace, RunFolder, RunSettings, load_run
@@ -128,12 +129,21 @@ def lay_out(config: Config, progress: Progress) -> Config:
     if folder.config.exists():
         raise UmbelError(f"Expected a new folder, got run.out={root} with a run in it. Add --resume, or name another.")
     # absolute, as the nodes have it, so that it is read once
-    config = config.model_copy(update={"data": config.data.model_copy(update=_absolute_paths(config.data))})
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update=_absolute_paths(config.data)),
+            "network": config.network.model_copy(
+                update={name: _absolute(getattr(config.network, name)) for name in ("module", "weights")}
+            ),
+        }
+    )
     source = sources.read(config.data, config.model.family)
     train, schema = source.train, source.schema
     start = find_start(config, progress)
     config = with_shape(with_start(config, start), schema, progress)
     _check_parts(config)
+    run_name = uuid4().hex[:_RUN_ID_DIGITS]
+    network = network_start(config, schema, run_name)
     _check_data(config, source, progress)
     delta, _ = resolve_delta(config.privacy.delta, train.num_users)
     for warning in resolve_delta(delta, train.num_users)[1]:
@@ -141,7 +151,8 @@ def lay_out(config: Config, progress: Progress) -> Config:
     noise_multiplier, mu_max = noise_and_limit(config, delta)
     budget = ledger_budget(config)
     if not is_noiseless(noise_multiplier):
-        check_noise(config, noise_multiplier, delta, schema, users=train.num_users, progress=progress)
+        size = largest_layout(config, schema.dimension, private=True, network=network).size
+        check_noise(config, noise_multiplier, delta, size=size, users=train.num_users, progress=progress)
     ledger_path = Path(config.run.ledger).resolve() if config.run.ledger else root / "ledger.jsonl"
     place = LedgerPlace(ledger=ledger_path)
     is_private = not is_noiseless(noise_multiplier) and config.privacy.seed is None
@@ -158,7 +169,7 @@ def lay_out(config: Config, progress: Progress) -> Config:
             "run.out": str(root),
             "run.ledger": str(ledger_path),
             "run.resume": False,
-            "run.name": uuid4().hex[:_RUN_ID_DIGITS],
+            "run.name": run_name,
             "run.noise_multiplier": noise_multiplier,
             "run.capped_mu_max": capped_mu_max(config, noise_multiplier, _genesis_of(place.ledger) or made),
         },
@@ -173,6 +184,9 @@ def lay_out(config: Config, progress: Progress) -> Config:
     save_schema(folder.schema, schema)
     if start is not None:
         write_durably(folder.start, start.data)
+    if network is not None:
+        save_network_start(folder.network, network.architecture, network.shared)
+        progress.step(network.architecture.storage)
     make_folder(folder.nodes, mode=0o700)
     nodes = NodeSettings(
         store=":memory:" if config.run.stores == "memory" else str(folder.nodes / "node-{partition}.sqlite"),
@@ -184,11 +198,28 @@ def lay_out(config: Config, progress: Progress) -> Config:
         coin_seed=config.privacy.seed,
         allow_statistics=config.training.algorithm == "amht-lrs",
         family=config.model.family,
+        network=config.network.module,
+        device=config.training.device,
         data=resolved.data,
     )
     write_durably(folder.nodes / "node.toml", to_toml(nodes.model_dump(exclude_none=True, by_alias=True)).encode())
     write_durably(folder.config, resolved.to_toml().encode())
     return resolved
+
+
+def network_start(config: Config, schema: DataSchema, run: str) -> NetworkStart | None:
+    """The network that a run trains, as it starts; None for a linear model.
+
+    Raises:
+        UmbelError: If it cannot be trained; says why.
+    """
+    if config.network.module is None:
+        return None
+    from umbel.network_results import start_of  # noqa: PLC0415 (torch's world only where there is a network)
+
+    named = config.model_copy(update={"run": config.run.model_copy(update={"name": run})})
+    network, shared = start_of(named, schema)
+    return NetworkStart(architecture=network.architecture, shared=shared, digest="")
 
 
 def _check_data(config: Config, source: sources.Source, progress: Progress) -> None:
@@ -233,6 +264,8 @@ def with_shape(config: Config, schema: DataSchema, progress: Progress) -> Config
         UmbelError: If a number that was given is too large.
     """
     d, changes = schema.dimension, {}
+    if config.network.module is not None:
+        return config
     for name in ("rank", "sparsity"):
         value = getattr(config.model, name)
         if value <= d:
@@ -253,15 +286,16 @@ def with_shape(config: Config, schema: DataSchema, progress: Progress) -> Config
 
 
 def check_noise(
-    config: Config, noise_multiplier: str, delta: float, schema: DataSchema, *, users: int, progress: Progress
+    config: Config, noise_multiplier: str, delta: float, *, size: int, users: int, progress: Progress
 ) -> None:
     """Refuse noise whose rounding to integers would cost too much, and warn where it must drown the signal.
 
     Raises:
         UmbelError: If that would not be small beside delta.
     """
-    size = largest_layout(config, schema.dimension, private=True).size
-    of_one = coordinate_distance(NOISES[config.privacy.noise], noise_multiplier, min(GRID_SCALES))
+    # the grid that so many coordinates have
+    grid_scale = grid_scale_for(size, private=True)
+    of_one = coordinate_distance(NOISES[config.privacy.noise], noise_multiplier, grid_scale)
     check_delta_fp(float(config.privacy.epsilon), delta, of_one * size * config.training.rounds)
     warn_of_noise(size, noise_multiplier, users, progress)
 
@@ -461,9 +495,9 @@ def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool
         progress: Who watches.
         with_baselines: Whether to compare with baselines.
     """
-    config, folder, schema = settings.config, settings.folder, settings.schema
+    config, folder = settings.config, settings.folder
     model, _ = load_model(folder.model)
-    ours, found, penalties = evaluate(config, schema, model, with_baselines=with_baselines, on_step=progress.step)
+    ours, found, penalties, others = evaluate(settings, model, with_baselines=with_baselines, on_step=progress.step)
     if with_baselines:
         progress.step("error over rounds")
     curve = error_curve(settings) if with_baselines else []
@@ -479,6 +513,7 @@ def evaluated(settings: RunSettings, *, progress: Progress, with_baselines: bool
         "baselines": baseline_section(found),
         "paired": {name: paired_difference(ours, held_out) for name, held_out in found.items()},
         "penalties": penalties,
+        **others,
         "curve": curve,
         "privacy": privacy_section(config),
         "users": population,
@@ -558,5 +593,8 @@ def _flat(config: Config) -> dict[str, Any]:
 
 
 def _absolute_paths(data: DataConfig) -> dict[str, str | None]:
-    paths = {name: getattr(data, name) for name in ("source", "item_features", "catalogue")}
-    return {name: path if path in (None, "synthetic") else str(Path(path).resolve()) for name, path in paths.items()}
+    return {name: _absolute(getattr(data, name)) for name in ("source", "item_features", "catalogue")}
+
+
+def _absolute(path: str | None) -> str | None:
+    return path if path in (None, "synthetic") else str(Path(path).resolve())

@@ -29,7 +29,9 @@ from privacy.discrete import require_opendp
 from privacy.ledger import PrivacyLedger
 from privacy.participation import is_noiseless
 from privacy.report_page import write_reports
+from server.algorithms import largest_layout
 from server.checkpoint import save_schema
+from server.networks import save_network_start
 from server.registry import load_registry
 from server.settings import RunFolder, RunSettings, load_run
 from umbel.deploy import Control, Federation, UnreachableError, is_over
@@ -39,6 +41,7 @@ from umbel.simulate import (
     capped_mu_max,
     check_fits,
     check_noise,
+    network_start,
     noise_and_limit,
     privacy_section,
     with_shape,
@@ -119,6 +122,8 @@ def lay_out(federation: Federation, config: Config, name: str, progress: Watcher
     config = with_shape(with_start(config, start), schema, progress)
     if config.privacy.noise == "discrete":
         require_opendp()
+    run_name = uuid4().hex[:_RUN_ID_DIGITS]
+    network = network_start(config, schema, run_name)
     with PrivacyLedger.open(place.ledger) as ledger:
         genesis = ledger.genesis
         config = _of_population(config, genesis)
@@ -128,7 +133,7 @@ def lay_out(federation: Federation, config: Config, name: str, progress: Watcher
             "out": str(folder.root),
             "ledger": str(place.ledger),
             "resume": False,
-            "name": uuid4().hex[:_RUN_ID_DIGITS],
+            "name": run_name,
             "noise_multiplier": noise_multiplier,
             "capped_mu_max": capped_mu_max(config, noise_multiplier, genesis),
         }
@@ -137,12 +142,15 @@ def lay_out(federation: Federation, config: Config, name: str, progress: Watcher
         check_start(start, config, schema, ledger, is_private=is_private, progress=progress)
         check_fits(ledger, config, place, genesis["population"])
         if not is_noiseless(noise_multiplier):
-            check_noise(config, noise_multiplier, delta, schema, users=registry.population_size, progress=progress)
+            size = largest_layout(config, schema.dimension, private=True, network=network).size
+            check_noise(config, noise_multiplier, delta, size=size, users=registry.population_size, progress=progress)
     make_folder(folder.root)
     registry.save(folder.registry)
     save_schema(folder.schema, schema)
     if start is not None:
         write_durably(folder.start, start.data)
+    if network is not None:
+        save_network_start(folder.network, network.architecture, network.shared)
     write_durably(folder.config, config.to_toml().encode())
     load_config(folder.config)  # what was written is what the ServerApp will read
     return load_run(folder.root)

@@ -98,8 +98,9 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_the_keys_are_the_sections_of_the_design() -> None:
-    """Six sections; only the privacy section holds what can change privacy."""
-    assert {key.split(".")[0] for key in valid_keys()} == {"data", "model", "training", "amht", "privacy", "run"}
+    """Seven sections; only the privacy section holds what can change privacy."""
+    sections = {"data", "model", "network", "training", "amht", "privacy", "run"}
+    assert {key.split(".")[0] for key in valid_keys()} == sections
     assert "data.synthetic.users" in valid_keys()
     private = {"epsilon", "delta", "ledger_epsilon", "max_nodes_per_user", "clipping", "seed", "max_users_per_node"}
     private |= {"sampling_probability", "noise"}
@@ -114,7 +115,7 @@ def test_the_keys_are_the_sections_of_the_design() -> None:
         ("epsilon = 3", "epsilon=3", "Did you mean privacy.epsilon?"),
         ("[modle]\nrank = 3", "modle=", "Did you mean model?"),
         ("[model]\nzzz = 1", "model.zzz=1", "Known here: family, rank, sparsity."),
-        ("zzz = 1", "zzz=1", "Known here: data, model, training, amht, privacy, run."),
+        ("zzz = 1", "zzz=1", "Known here: data, model, network, training, amht, privacy, run."),
         (
             "[data]\nsource = 't.csv'\nfeatures = [{ name = 'a', lwo = 1 }]",
             "data.features.0.lwo",
