@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.func import vmap
 
 from client.contribution import RELIABILITY_EXAMPLES
 from client.network_fit import Examples, Likelihood, NetworkFit, fit, gradient_in_theta
@@ -163,7 +162,7 @@ def _of_left_out(
     at_b = torch.gather(gradient, 1, found.support.clamp(min=0)) * found.b
     error = torch.zeros(len(found.w), device=found.w.device)
     if likelihood.family == "squared":
-        eta = vmap(network.outputs)(found.theta, examples.X)[..., 0]
+        eta = network.each(found.theta, examples.X)[..., 0]
         error = (examples.weight * (eta - examples.y) ** 2).sum(1)
     return network.shared_gradient(gradient, found.w), error, at_b.sum(1)
 

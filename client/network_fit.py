@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.func import grad, vmap
 
 from client.network_jacobian import LayerJacobian, jacobian
 from client.personalize import log_prior_odds
@@ -25,7 +24,7 @@ from common.networks import AdaptedNetwork
 Tensor = torch.Tensor
 _CANDIDATES = 3
 """Places looked at for every nonzero of b that a layer may have."""
-_STEP_SIZES = (1.0, 0.25, 0.0)
+_STEP_SIZES = (1.0, 0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,25 +135,25 @@ def fit(
     if not architecture.rank + slots:
         return NetworkFit(w=w, support=support, b=b, precision=w.new_zeros(n, 0, 0), theta=model.theta(w, support, b))
     for _ in range(steps if architecture.rank else 0):
-        gradient, gram = model.linearized(w, support[:, :0], b[:, :0]).system(support[:, :0])
-        w = model.moved(w, b, support, _solved(gram + _eye(gram), -(gradient + w)), b_variance)[0]
+        around = model.linearized(w, support, b)
+        gradient, gram = around.system(support[:, :0])
+        w, _ = model.moved(around, w, b, support, _solved(gram + _eye(gram), -(gradient + w)), b_variance=b_variance)
     around = model.linearized(w, support, b)
     if slots:
         support = _chosen(model, around, w, b_variance)
     gradient, gram = around.system(support)
     precision = gram + torch.diag_embed(_prior_precision(w, support, b_variance))
     step = _solved(precision, -(gradient + torch.cat([w, b / b_variance], 1)))
-    w, b = model.moved(w, b, support, step, b_variance)
+    w, b = model.moved(around, w, b, support, step, b_variance=b_variance)
     return NetworkFit(w=w, support=support, b=b, precision=precision, theta=model.theta(w, support, b))
 
 
 def gradient_in_theta(network: AdaptedNetwork, theta: Tensor, examples: Examples, likelihood: Likelihood) -> Tensor:
     """`n x P`, gradient of each user's summed loss in that user's parameters (`n x P`)."""
-
-    def loss(theta: Tensor, X: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        return (weight * likelihood.loss(network.outputs(theta, X), y)).sum()
-
-    found: Tensor = vmap(grad(loss))(theta, examples.X, examples.y, examples.weight)
+    with torch.enable_grad():
+        theta = theta.detach().requires_grad_()
+        loss = (examples.weight * likelihood.loss(network.each(theta, examples.X), examples.y)).sum()
+        (found,) = torch.autograd.grad(loss, theta)
     return found
 
 
@@ -167,8 +166,8 @@ class _Model:
 
     def theta(self, w: Tensor, support: Tensor, b: Tensor) -> Tensor:
         """`n x P`."""
-        found: Tensor = vmap(self._theta)(self.shared, w, support, b)
-        return found
+        theta = self.network.theta(self.shared, w)
+        return theta.scatter_add(1, support.clamp(min=0), torch.where(support >= 0, b, 0.0))
 
     def linearized(self, w: Tensor, support: Tensor, b: Tensor) -> "_Linear":
         """The networks around (w, b)."""
@@ -177,29 +176,35 @@ class _Model:
         residual = weight * self.likelihood.residual(eta, self.examples.y)
         return _Linear(self, eta, layers, weight.sqrt()[..., None], residual)
 
-    def moved(self, w: Tensor, b: Tensor, support: Tensor, step: Tensor, b_variance: float) -> tuple[Tensor, Tensor]:
-        """(w, b) after the longest of a few fractions of a step that makes the objective smallest."""
-        at, slots = torch.cat([w, b], 1), b.shape[1]
-        step = torch.where(torch.isfinite(step), step, 0.0)
-        step = torch.cat([step, step.new_zeros(len(w), at.shape[1] - step.shape[1])], 1)
-        tried = torch.stack([at + size * step for size in _STEP_SIZES])
-        R = w.shape[1]
-        values: Tensor = vmap(lambda t: self._objective(t[:, :R], support, t[:, R:], b_variance))(tried)
-        best = torch.where(torch.isfinite(values), values, torch.inf).argmin(0)
-        at = tried[best, torch.arange(len(w), device=w.device)]
-        return at[:, :R], at[:, R : R + slots]
+    def moved(
+        self, around: "_Linear", w: Tensor, b: Tensor, support: Tensor, step: Tensor, *, b_variance: float
+    ) -> tuple[Tensor, Tensor]:
+        """(w, b) after that fraction of a step, if any, which makes the objective smallest.
 
-    def _objective(self, w: Tensor, support: Tensor, b: Tensor, b_variance: float) -> Tensor:
-        eta = vmap(self.network.outputs)(self.theta(w, support, b), self.examples.X)
+        Args:
+            around: The networks linearized at (w, b).
+            w: `n x R`.
+            b: `n x K`.
+            support: `n x K`.
+            step: `n x p`, the first coordinates' of (w, b); the others stay.
+            b_variance: Prior variance of a nonzero of b.
+        """
+        R, step = w.shape[1], torch.where(torch.isfinite(step), step, 0.0)
+        least = self._objective(around.eta, w, b, b_variance)
+        found_w, found_b = w, b
+        for size in _STEP_SIZES:
+            tried_w = w + size * step[:, :R]
+            tried_b = b + size * step[:, R:] if step.shape[1] > R else b
+            eta = self.network.each(self.theta(tried_w, support, tried_b), self.examples.X)
+            value = self._objective(eta, tried_w, tried_b, b_variance)
+            better = (value < least)[:, None]
+            found_w, found_b = torch.where(better, tried_w, found_w), torch.where(better, tried_b, found_b)
+            least = torch.where(better[:, 0], value, least)
+        return found_w, found_b
+
+    def _objective(self, eta: Tensor, w: Tensor, b: Tensor, b_variance: float) -> Tensor:
         loss = (self.examples.weight * self.likelihood.loss(eta, self.examples.y)).sum(1)
         return loss + (w**2).sum(1) / 2 + (b**2).sum(1) / (2 * b_variance)
-
-    def _theta(self, shared: Tensor, w: Tensor, support: Tensor, b: Tensor) -> Tensor:
-        theta = self.network.theta(shared, w)
-        if not support.shape[-1]:
-            return theta
-        values = torch.where(support >= 0, b, torch.zeros_like(b))
-        return theta.index_add(0, support.clamp(min=0), values)
 
 
 class _Linear:
@@ -208,7 +213,7 @@ class _Linear:
     def __init__(
         self, model: _Model, eta: Tensor, layers: Sequence[LayerJacobian], root_weight: Tensor, residual: Tensor
     ) -> None:
-        self._model, self._eta, self._layers = model, eta, layers
+        self._model, self.eta, self._layers = model, eta, layers
         self._root_weight, self._residual = root_weight, residual
         shared, slices = model.shared, model.network.architecture.U_slices()
         parts = [
@@ -226,7 +231,7 @@ class _Linear:
         J = self._along_U
         if support.shape[1]:
             J = torch.cat([J, torch.stack([_at(layer, support) for layer in self._layers]).sum(0)], -1)
-        S = (self._root_weight * self._model.likelihood.curvature_root(self._eta, J)).flatten(1, 2)
+        S = (self._root_weight * self._model.likelihood.curvature_root(self.eta, J)).flatten(1, 2)
         gradient = (J.flatten(1, 2).mT @ self._residual.flatten(1)[..., None])[..., 0]
         return gradient, S.mT @ S
 

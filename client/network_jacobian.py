@@ -9,6 +9,7 @@ every direction of U and every candidate of b by small products; the Jacobian in
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.func import vjp, vmap
 
 from common.architecture import Layer
-from common.networks import AdaptedNetwork
+from common.networks import FEW, AdaptedNetwork
 
 Tensor = torch.Tensor
 
@@ -78,23 +79,50 @@ class LayerJacobian:
 def jacobian(network: AdaptedNetwork, theta: Tensor, X: Tensor) -> tuple[Tensor, tuple[LayerJacobian, ...]]:
     """`n x m x o` outputs at `theta` (`n x P`) on `X` (`n x m x inputs`), and each adapted layer's factors."""
     layers, modules = network.architecture.layers, dict(network.module.named_modules())
-    one_hot = torch.eye(network.architecture.outputs, dtype=X.dtype, device=X.device)[:, None, :]
-
-    def one(theta: Tensor, X: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        def run(moves: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-            inputs: dict[str, Tensor] = {}
-            with _Hooks(modules, moves, inputs):
-                eta = network.outputs(theta, X)
-            return eta, (eta, inputs)
-
-        zeros = {name: X.new_zeros(len(X), *tail) for name, tail in network.tails.items()}
-        _, pull, (eta, inputs) = vjp(run, zeros, has_aux=True)  # type: ignore[misc] # three values with has_aux
-        (derivatives,) = vmap(pull)(one_hot.expand(-1, len(X), -1))
-        return eta, inputs, derivatives
-
-    eta, inputs, derivatives = vmap(one)(theta, X)
+    if len(theta) > FEW:
+        eta, inputs, derivatives = vmap(partial(_batched, network, modules))(theta, X)
+    else:
+        each = [_alone(network, modules, own, x) for own, x in zip(theta, X, strict=True)]
+        eta = torch.stack([eta for eta, _, _ in each])
+        inputs = {layer.name: torch.stack([given[layer.name] for _, given, _ in each]) for layer in layers}
+        derivatives = {layer.name: torch.stack([moved[layer.name] for _, _, moved in each]) for layer in layers}
     found = [_factors(layer, modules[layer.name], inputs[layer.name], derivatives[layer.name]) for layer in layers]
     return eta, tuple(found)
+
+
+def _batched(
+    network: AdaptedNetwork, modules: dict[str, nn.Module], theta: Tensor, X: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """One user's outputs, what adapted layers are given, and the outputs' derivatives in what they give."""
+    one_hot = torch.eye(network.architecture.outputs, dtype=X.dtype, device=X.device)[:, None, :]
+
+    def run(moves: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        inputs: dict[str, Tensor] = {}
+        with _Hooks(modules, moves, inputs):
+            eta = network.outputs(theta, X)
+        return eta, (eta, inputs)
+
+    zeros = {name: X.new_zeros(len(X), *tail) for name, tail in network.tails.items()}
+    _, pull, (eta, inputs) = vjp(run, zeros, has_aux=True)  # type: ignore[misc] # three values with has_aux
+    (derivatives,) = vmap(pull)(one_hot.expand(-1, len(X), -1))
+    return eta, inputs, derivatives
+
+
+def _alone(
+    network: AdaptedNetwork, modules: dict[str, nn.Module], theta: Tensor, X: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The same in one pass, with the examples written down once for each output."""
+    m, o = len(X), network.architecture.outputs
+    moves = {name: X.new_zeros(o * m, *tail, requires_grad=True) for name, tail in network.tails.items()}
+    inputs: dict[str, Tensor] = {}
+    with torch.enable_grad(), _Hooks(modules, moves, inputs):
+        eta = network.outputs(theta, X.repeat(o, *[1] * (X.ndim - 1))).reshape(o, m, o)
+        derivatives = torch.autograd.grad(eta.diagonal(dim1=0, dim2=2).sum(), list(moves.values()))
+    return (
+        eta[0].detach(),
+        {name: value[:m].detach() for name, value in inputs.items()},
+        {name: found.reshape(o, m, *found.shape[1:]) for name, found in zip(moves, derivatives, strict=True)},
+    )
 
 
 class _Hooks:

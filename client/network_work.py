@@ -74,9 +74,18 @@ def network_shard(population: Population, schema: DataSchema, network: AdaptedNe
 
 
 def contribution_to_network(
-    network: AdaptedNetwork, task: Task, model: SharedModel, *, clipping_norm: float, layout: Layout
+    network: AdaptedNetwork,
+    task: Task,
+    model: SharedModel,
+    *,
+    clipping_norm: float,
+    layout: Layout,
+    one_by_one: bool = True,
 ) -> Callable[[Batch], IntArray]:
-    """`n x D` int64 of a batch: each user's clipped vector on the grid, zeros where there is nothing to say."""
+    """`n x D` int64 of a batch: each user's clipped vector on the grid, zeros where there is nothing to say.
+
+    With `one_by_one` as in `client.network_contribution.contribute`.
+    """
     shared, likelihood, adapters = _tensor(model.beta, network), _likelihood(task, model), task.adapters
     if adapters is None:
         raise TypeError("Expected a task for a network, got another.")
@@ -91,6 +100,7 @@ def contribution_to_network(
             b_variance=model.b_variance,
             clipping_norm=clipping_norm,
             layout=layout,
+            one_by_one=one_by_one,
         )
         return grid
 

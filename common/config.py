@@ -397,11 +397,11 @@ class Config(_Section):
     @model_validator(mode="after")
     def _family_fits_model(self) -> "Config":
         if self.network.module is None and self.model.family == "softmax":
-            raise ValueError("network.module, a network, with model.family='softmax'; or another family")
+            raise ValueError("a network with model.family='softmax', got none; set network.module, or another family")
         if self.network.module is not None and self.training.algorithm != "gradient":
-            raise ValueError("training.algorithm='gradient' with network.module; leave one of them out")
+            raise ValueError("training.algorithm='gradient' with network.module, got another; leave one of them out")
         if self.network.module is not None and self.training.start is not None:
-            raise ValueError("network.weights instead of training.start with network.module")
+            raise ValueError("no training.start with network.module, got both; set network.weights instead")
         return self
 
     def to_toml(self) -> str:
@@ -479,6 +479,8 @@ def _explain(key: str, kind: str, message: str, value: Any) -> str:
         return f"Expected a table, got {key}={shown}. Write [{key}] and its keys below."
     expectation = _EXPECTATIONS.get(kind) or message.removeprefix("Value error, ")
     expectation = expectation.replace("Input should be", "one of" if kind == "literal_error" else "a value")
+    if not key:  # of the whole, where what does not go together is named already
+        return f"Expected {expectation}."
     return f"Expected {expectation}, got {key}={shown}. {_default(key)}"
 
 

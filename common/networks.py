@@ -23,12 +23,15 @@ from torch.nn.parameter import is_lazy
 
 from common.architecture import Architecture, Form, Kind, Layer
 from common.errors import UmbelError
+from common.model import IntArray
 
 _KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", nn.Conv2d: "conv2d", nn.Embedding: "embedding"}
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _NORMS = (_BATCH_NORM, nn.modules.instancenorm._InstanceNorm)
 _SEED = 0
 _TRIED_EXAMPLES = 13
+FEW = 4
+"""Users up to whom a loop is faster than `vmap`, whose own work is then most of it."""
 LARGEST_PERSONAL = 256
 """Most numbers in w and b of a user: their joint precision is kept, and solved for."""
 
@@ -56,20 +59,27 @@ class AdaptedNetwork:
         found: torch.Tensor = functional_call(self.module, self._named(theta), (X,))
         return found.reshape(X.shape[0], self.architecture.outputs)
 
+    def each(self, theta: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """`n x m x outputs`, every user's network (`n x P`) on that user's examples (`n x m x inputs`)."""
+        if len(theta) > FEW:
+            many: torch.Tensor = vmap(self.outputs)(theta, X)
+            return many
+        return torch.stack([self.outputs(own, x) for own, x in zip(theta, X, strict=True)])
+
     def theta(self, shared: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """`P`, base + U_l W_l of one user; b is added to it by who has one.
+        """`... x P`, base + U_l W_l; b is added to it by who has one.
 
         Args:
-            shared: `D`, the base and every U.
-            w: `R`, every W.
+            shared: `... x D`, the base and every U.
+            w: `... x R`, every W.
         """
         architecture, parts, end = self.architecture, [], 0
         for layer, U, W in zip(architecture.layers, architecture.U_slices(), architecture.w_slices(), strict=True):
-            delta = shared[U].reshape(layer.d, layer.rank) @ w[W].reshape(layer.rank, layer.c)
-            parts += [shared.new_zeros(layer.start - end), delta.reshape(-1)[torch.from_numpy(layer.places)]]
+            delta = _matrix(shared[..., U], layer.d, layer.rank) @ _matrix(w[..., W], layer.rank, layer.c)
+            parts += [w.new_zeros(*w.shape[:-1], layer.start - end), delta.flatten(-2)[..., _index(layer.places, w)]]
             end = layer.start + layer.size
         P = architecture.num_parameters
-        return shared[:P] + torch.cat([*parts, shared.new_zeros(P - end)])
+        return shared[..., :P] + torch.cat([*parts, w.new_zeros(*w.shape[:-1], P - end)], -1)
 
     def shared_gradient(self, gradient: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """`n x D`, gradients in the shared part from those in theta: dU_l = G_l W_l'.
@@ -82,7 +92,7 @@ class AdaptedNetwork:
         parts = [gradient]
         for layer, W in zip(architecture.layers, architecture.w_slices(), strict=True):
             block = gradient[:, layer.start : layer.start + layer.size]
-            G = block[:, torch.from_numpy(layer.order)].reshape(n, layer.d, layer.c)
+            G = block[:, _index(layer.order, w)].reshape(n, layer.d, layer.c)
             parts.append((G @ w[:, W].reshape(n, layer.rank, layer.c).mT).reshape(n, -1))
         return torch.cat(parts, dim=1)
 
@@ -137,6 +147,14 @@ class AdaptedNetwork:
             named[name] = theta[start : start + size].reshape(shape)
             start += size
         return named
+
+
+def _matrix(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return values.reshape(*values.shape[:-1], rows, columns)
+
+
+def _index(places: IntArray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(places).to(like.device)
 
 
 def load_module(place: str) -> nn.Module:

@@ -171,7 +171,7 @@ Examples:
   umbel simulate
   umbel simulate --data ml-1m --epsilon 2 --rounds 20 --ledger ml-1m.jsonl --out runs/first
   umbel simulate --data ml-1m --epsilon 1 --rounds 5 --ledger ml-1m.jsonl --start runs/first
-  umbel simulate --config examples/digits/config.toml --model examples/digits/model.py:make_model
+  umbel simulate --config examples/recommender/config.toml --data ml-1m --model my.py:make_model
   umbel simulate --resume runs/first""",
     cls=PlainCommand,
 )

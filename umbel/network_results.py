@@ -17,6 +17,7 @@ from torch.func import vmap
 
 from client import sources
 from client.batches import Batch, Chunk, cleaned, design_of
+from client.guard import Policy
 from client.network_fit import Likelihood, gradient_in_theta
 from client.network_work import (
     contribution_to_network,
@@ -30,6 +31,7 @@ from client.network_work import (
 from client.shard import Shard, total_contribution
 from common.config import Config
 from common.data import DataSchema, Population, select, split
+from common.errors import UmbelError
 from common.families import FAMILIES
 from common.model import SharedModel
 from common.networks import AdaptedNetwork, adapt, load_module, load_weights
@@ -65,6 +67,12 @@ def start_of(
         UmbelError: If it cannot be trained; says why.
     """
     settings = config.network
+    for name in ("rank", "sparsity"):
+        if (value := getattr(config.model, name)) > Policy.max_rank:
+            raise UmbelError(
+                f"Expected model.{name} <= {Policy.max_rank} of each layer of a network, got model.{name}={value}. "
+                "Lower it."
+            )
     network = adapt(
         load_module(str(settings.module)),
         inputs=num_inputs(schema),
@@ -91,8 +99,9 @@ def network_trajectory(
     for _ in range(mechanism.rounds):
         task = algorithm.task(state)
         layout = layout_of_task(task, schema.dimension, 0, private=mechanism.z > 0)
+        # nobody is promised anything here, so users may be worked on together
         contribution = contribution_to_network(
-            network, task, state.model, clipping_norm=state.clipping_norm, layout=layout
+            network, task, state.model, clipping_norm=state.clipping_norm, layout=layout, one_by_one=False
         )
         total = total_contribution(shard, contribution, size=layout.size, admitted=np.ones(users, np.bool_))
         noised = release(

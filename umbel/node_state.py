@@ -88,6 +88,11 @@ def node_state_of_store(path: Path) -> NodeState | None:
 
 
 def _state(settings: NodeSettings) -> NodeState:
+    if settings.network is not None:
+        raise UmbelError(
+            f"Expected a node of a linear model, got one with network={settings.network!r}. For networks there is "
+            "no such command yet: call client.network_fit.fit, or client.network_update.update_network."
+        )
     store = open_store(settings)
     try:
         schema = public_schema(settings.data, settings.family)

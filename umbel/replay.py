@@ -178,7 +178,7 @@ def _difference(expected: SharedModel, released: SharedModel) -> str:
 def _other_fact(expected: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The first fact of the model file that is not what configuration, schema and ledger say."""
     for name, value in expected.items():
-        if json.dumps(facts.get(name)) != json.dumps(value):  # to Python, 1 is True
+        if json.dumps(facts.get(name), sort_keys=True) != json.dumps(value, sort_keys=True):  # to Python, 1 is True
             return f"Expected {name}={value!r} in the released model, got {facts.get(name)!r}."
     return ""
 
