@@ -162,8 +162,8 @@ def update(
         rows = slice(start, start + size)
         problem = _problem(prior, examples, R, rows, forgetting=forgetting, noise_variance=noise_variance)
         parts.append(_solve(problem, family, curvature, max_iterations))
-    found = _Optimum(**{name: xp.concat([getattr(part, name) for part in parts]) for name in _Optimum.__annotations__})
-    return _kept_where_nothing_new(found, prior, examples, curvature)
+    found = Optimum(**{name: xp.concat([getattr(part, name) for part in parts]) for name in Optimum.__annotations__})
+    return kept_where_nothing_new(found, prior, examples.weight, curvature)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,7 +206,7 @@ def _problem(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Optimum:
+class Optimum:
     """What Newton's method found, NaN where something was not finite."""
 
     mean: Array
@@ -215,7 +215,7 @@ class _Optimum:
     iterations: Array
 
 
-def _solve(problem: _Problem, family: Family, curvature: Curvature, max_iterations: int) -> _Optimum:
+def _solve(problem: _Problem, family: Family, curvature: Curvature, max_iterations: int) -> Optimum:
     """Newton's method for every user; those who are done are taken out of the work."""
     xp = array_namespace(problem.X)
     n = problem.center.shape[0]
@@ -234,7 +234,7 @@ def _solve(problem: _Problem, family: Family, curvature: Curvature, max_iteratio
         if more.shape[0] < rows.shape[0]:
             rows, left, at = rows[more], left.take(more), at[more, ...]
     H = _hessian(problem, family, mean)
-    return _Optimum(mean=mean, precision=_reduced(H, curvature), converged=converged, iterations=iterations)
+    return Optimum(mean=mean, precision=reduced(H, curvature), converged=converged, iterations=iterations)
 
 
 def _newton_step(problem: _Problem, family: Family, at: Array) -> tuple[Array, Array, Array]:
@@ -320,7 +320,7 @@ def _solved(H: Array, g: Array) -> Array:
         return xp.concat([_solved(H[:half, ...], g[:half, ...]), _solved(H[half:, ...], g[half:, ...])])
 
 
-def _reduced(H: Array, curvature: Curvature) -> Array:
+def reduced(H: Array, curvature: Curvature) -> Array:
     """What is kept of H."""
     xp = array_namespace(H)
     if curvature == "full":
@@ -330,15 +330,15 @@ def _reduced(H: Array, curvature: Curvature) -> Array:
     return xp.linalg.diagonal(H) + 0.0
 
 
-def _kept_where_nothing_new(found: _Optimum, prior: Posterior, examples: Examples, curvature: Curvature) -> Update:
+def kept_where_nothing_new(found: Optimum, prior: Posterior, weight: Array, curvature: Curvature) -> Update:
     """The optimum, except for users without examples or with numbers that are not finite, who keep their prior."""
     xp = array_namespace(prior.mean)
     axes = tuple(range(1, found.precision.ndim))
     finite = xp.all(xp.isfinite(found.mean), axis=-1) & xp.all(xp.isfinite(found.precision), axis=axes)
-    quiet = ~xp.any(examples.weight > 0, axis=-1)
+    quiet = ~xp.any(weight > 0, axis=-1)
     before = prior.precision
     if prior.is_diagonal != (curvature != "full"):
-        before = prior.full_precision if prior.is_diagonal else _reduced(before, curvature)
+        before = prior.full_precision if prior.is_diagonal else reduced(before, curvature)
     new = Posterior(mean=found.mean, precision=found.precision)
     return Update(
         posterior=new.where(finite & ~quiet, Posterior(mean=prior.mean, precision=before)),

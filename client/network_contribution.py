@@ -65,7 +65,7 @@ def contribute(
         clipping_norm: C.
         layout: Groups and grid of the release.
         one_by_one: Whether each user's integers are the same bits whoever else is in the batch, on which the guarantee
-            rests. False, some tens of times faster, is for a run that promises nothing.
+            rests. False, several times faster, is for what is never released.
     """
     settings: dict[str, Any] = {"adapters": adapters, "likelihood": likelihood, "b_variance": b_variance}
     grid = np.zeros((len(examples.X), layout.size), np.int64)

@@ -126,7 +126,7 @@ def fit(
         steps: Gauss-Newton steps in w before b is chosen; one in (w, b) follows.
         sparsity: Whether there is a b at all.
     """
-    model = _Model(network, shared, examples, likelihood)
+    model = LocalNetworks(network, shared, examples, likelihood)
     n, architecture = len(examples.X), network.architecture
     w = examples.X.new_zeros(n, architecture.rank)
     slots = architecture.sparsity if sparsity else 0
@@ -137,13 +137,13 @@ def fit(
     for _ in range(steps if architecture.rank else 0):
         around = model.linearized(w, support, b)
         gradient, gram = around.system(support[:, :0])
-        w, _ = model.moved(around, w, b, support, _solved(gram + _eye(gram), -(gradient + w)), b_variance=b_variance)
+        w, _ = model.moved(around, w, b, support, solved(gram + _eye(gram), -(gradient + w)), b_variance=b_variance)
     around = model.linearized(w, support, b)
     if slots:
         support = _chosen(model, around, w, b_variance)
     gradient, gram = around.system(support)
-    precision = gram + torch.diag_embed(_prior_precision(w, support, b_variance))
-    step = _solved(precision, -(gradient + torch.cat([w, b / b_variance], 1)))
+    precision = gram + torch.diag_embed(prior_precision(w, support, b_variance))
+    step = solved(precision, -(gradient + torch.cat([w, b / b_variance], 1)))
     w, b = model.moved(around, w, b, support, step, b_variance=b_variance)
     return NetworkFit(w=w, support=support, b=b, precision=precision, theta=model.theta(w, support, b))
 
@@ -157,7 +157,7 @@ def gradient_in_theta(network: AdaptedNetwork, theta: Tensor, examples: Examples
     return found
 
 
-class _Model:
+class LocalNetworks:
     """The users' networks as functions of (w, b)."""
 
     def __init__(self, network: AdaptedNetwork, shared: Tensor, examples: Examples, likelihood: Likelihood) -> None:
@@ -166,8 +166,7 @@ class _Model:
 
     def theta(self, w: Tensor, support: Tensor, b: Tensor) -> Tensor:
         """`n x P`."""
-        theta = self.network.theta(self.shared, w)
-        return theta.scatter_add(1, support.clamp(min=0), torch.where(support >= 0, b, 0.0))
+        return self.network.personal_theta(self.shared, w, support, b)
 
     def linearized(self, w: Tensor, support: Tensor, b: Tensor) -> "_Linear":
         """The networks around (w, b)."""
@@ -211,7 +210,7 @@ class _Linear:
     """A batch of networks that are linear in (w, b) around a point."""
 
     def __init__(
-        self, model: _Model, eta: Tensor, layers: Sequence[LayerJacobian], root_weight: Tensor, residual: Tensor
+        self, model: LocalNetworks, eta: Tensor, layers: Sequence[LayerJacobian], root_weight: Tensor, residual: Tensor
     ) -> None:
         self._model, self.eta, self._layers = model, eta, layers
         self._root_weight, self._residual = root_weight, residual
@@ -240,7 +239,7 @@ class _Linear:
         return [layer.gradient(self._residual) for layer in self._layers]
 
 
-def _chosen(model: _Model, around: _Linear, w: Tensor, b_variance: float) -> Tensor:
+def _chosen(model: LocalNetworks, around: _Linear, w: Tensor, b_variance: float) -> Tensor:
     """`n x K` places of b: those whose being nonzero the data make more probable than not.
 
     Candidates have the largest gradients in each layer; from then on as in `client.personalize`: w is eliminated, and
@@ -312,12 +311,12 @@ def _at(factors: LayerJacobian, support: Tensor) -> Tensor:
     return factors.at(torch.where(inside, support, start)) * inside[:, None, None, :]
 
 
-def _prior_precision(w: Tensor, support: Tensor, b_variance: float) -> Tensor:
+def prior_precision(w: Tensor, support: Tensor, b_variance: float) -> Tensor:
     """`n x (R+K)`; a slot that is unused has no data, so its precision stays the prior's."""
     return torch.cat([torch.ones_like(w), w.new_full(support.shape, 1 / b_variance)], 1)
 
 
-def _solved(A: Tensor, g: Tensor) -> Tensor:
+def solved(A: Tensor, g: Tensor) -> Tensor:
     """`n x p`, A^-1 g; NaN for a user whose matrix has no factor."""
     factor, failed = torch.linalg.cholesky_ex(A)
     x: Tensor = torch.cholesky_solve(g[..., None], factor)[..., 0]

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from client.incremental import Curvature, Posterior, Update, _kept_where_nothing_new, _Optimum, _reduced
-from client.network_fit import Examples, Likelihood, NetworkFit, _Model, _prior_precision, _solved
+from client.incremental import Curvature, Optimum, Posterior, Update, kept_where_nothing_new, reduced
+from client.network_fit import Examples, Likelihood, LocalNetworks, NetworkFit, prior_precision, solved
 from common.linalg import apply, dot
 from common.networks import AdaptedNetwork
 
@@ -53,8 +53,7 @@ def theta_of(network: AdaptedNetwork, shared: Tensor, posterior: Posterior, supp
         support: `n x K`, places in the base, -1 where unused.
     """
     w, b = posterior.mean.to(shared.dtype).split([network.architecture.rank, support.shape[1]], 1)
-    theta: Tensor = network.theta(shared, w)
-    return theta.scatter_add(1, support.clamp(min=0), torch.where(support >= 0, b, 0.0))
+    return network.personal_theta(shared, w, support, b)
 
 
 def update_network(
@@ -93,9 +92,9 @@ def update_network(
     if curvature not in {"full", "diagonal", "diagonal-simple"}:
         raise ValueError(f"Expected curvature full, diagonal or diagonal-simple, got {curvature=}.")
     weight = torch.where(examples.weight > 0, examples.weight, 0.0)
-    model = _Model(network, shared, replace(examples, weight=weight), likelihood)
+    model = LocalNetworks(network, shared, replace(examples, weight=weight), likelihood)
     center, past = prior.mean.to(torch.float64), prior.full_precision.to(torch.float64)
-    R = _prior_precision(center[:, : network.architecture.rank], support, b_variance)
+    R = prior_precision(center[:, : network.architecture.rank], support, b_variance)
     forgotten = (1 - forgetting) * R
     problem = _Problem(
         model=model,
@@ -105,20 +104,20 @@ def update_network(
         slope=forgotten * center,
     )
     found = _solve(problem, max_steps)
-    kept = _Optimum(
+    kept = Optimum(
         mean=found.mean.to(prior.mean.dtype),
-        precision=_reduced(found.precision, curvature).to(prior.mean.dtype),
+        precision=reduced(found.precision, curvature).to(prior.mean.dtype),
         converged=found.converged,
         iterations=found.iterations,
     )
-    return _kept_where_nothing_new(kept, prior, examples, curvature)  # type: ignore[arg-type] # reads weight alone
+    return kept_where_nothing_new(kept, prior, examples.weight, curvature)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Problem:
     """The objective sum weight loss + (c - center)'P(c - center)/2 + slope'(c - center), of c = (w, b on support)."""
 
-    model: _Model
+    model: LocalNetworks
     support: Tensor
     center: Tensor
     P: Tensor
@@ -148,7 +147,7 @@ class _Problem:
         return c[:, :R], self.support, c[:, R:]
 
 
-def _solve(problem: _Problem, max_steps: int) -> _Optimum:
+def _solve(problem: _Problem, max_steps: int) -> Optimum:
     """Gauss-Newton for every user with examples."""
     c = problem.center
     active = (problem.model.examples.weight > 0).any(1)
@@ -157,7 +156,7 @@ def _solve(problem: _Problem, max_steps: int) -> _Optimum:
         if not active.any():
             break
         gradient, H = problem.system(c)
-        step = _solved(H, -gradient)
+        step = solved(H, -gradient)
         decrement = -dot(step, gradient)
         sound = torch.isfinite(decrement)
         finished = sound & (decrement <= _TOLERANCE)
@@ -168,7 +167,7 @@ def _solve(problem: _Problem, max_steps: int) -> _Optimum:
         converged |= active & finished
         active = active & sound & ~finished & (length > 0)
     precision = problem.system(c)[1] if iterations.any() else problem.P
-    return _Optimum(mean=c, precision=precision, converged=converged, iterations=iterations)
+    return Optimum(mean=c, precision=precision, converged=converged, iterations=iterations)
 
 
 def _step_length(problem: _Problem, c: Tensor, step: Tensor, decrement: Tensor, *, searched: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from client.batches import Batch
 from client.network_work import contribution_to_network, network_for, network_shard, network_state
 from client.shard import Shard
 from common.data import DataSchema, Population
+from common.errors import Refused
 from common.model import IntArray, PersonalState, SharedModel
 from common.networks import AdaptedNetwork
 from common.task import Adapters, Task
@@ -45,11 +46,23 @@ class NodeNetworks:
         self, task: Task, model: SharedModel, *, clipping_norm: float, layout: Layout
     ) -> Callable[[Batch], IntArray]:
         """See `client.work.contribution_to`."""
-        return contribution_to_network(self._network_for(task), task, model, clipping_norm=clipping_norm, layout=layout)
+        network = self._network_of(task, model)
+        return contribution_to_network(network, task, model, clipping_norm=clipping_norm, layout=layout)
 
     def personal_state(self, task: Task, model: SharedModel) -> Callable[[Batch], PersonalState]:
         """See `client.work.personal_state`."""
-        return network_state(self._network_for(task), task, model)
+        return network_state(self._network_of(task, model), task, model)
+
+    def _network_of(self, task: Task, model: SharedModel) -> AdaptedNetwork:
+        """The network, checked against the model.
+
+        Raises:
+            Refused: With code `policy_shape`, if the model is not as long as the network's shared part.
+        """
+        network = self._network_for(task)
+        if model.dimension != network.architecture.shared_size:
+            raise Refused("policy_shape", "Expected a model of this node's network, got one of another size.")
+        return network
 
     def _network_for(self, task: Task) -> AdaptedNetwork:
         adapters, network = self._adapted

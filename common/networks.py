@@ -81,6 +81,19 @@ class AdaptedNetwork:
         P = architecture.num_parameters
         return shared[..., :P] + torch.cat([*parts, w.new_zeros(*w.shape[:-1], P - end)], -1)
 
+    def personal_theta(
+        self, shared: torch.Tensor, w: torch.Tensor, support: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        """`n x P`, base + U w + b.
+
+        Args:
+            shared: `D`, or `n x D`.
+            w: `n x R`.
+            support: `n x K` int64, places in the base, -1 where unused.
+            b: `n x K`.
+        """
+        return self.theta(shared, w).scatter_add(1, support.clamp(min=0), torch.where(support >= 0, b, 0.0))
+
     def shared_gradient(self, gradient: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """`n x D`, gradients in the shared part from those in theta: dU_l = G_l W_l'.
 

@@ -169,7 +169,7 @@ def trajectory(
                 part, contribution, size=size, admitted=np.ones(part.population.num_users, np.bool_)
             )
 
-        noised = _release(users.map(node_total), layout, mechanism)
+        noised = released(users.map(node_total), layout, mechanism)
         event = {
             "groups": groups_of_event(layout),
             "grid_scale": layout.grid_scale,
@@ -264,7 +264,7 @@ def private_mean(
                 total += (batch.count > 0) @ to_grid((unit, bit), layout)
         return total
 
-    mean, bit_mean = split_groups(_release(users.map(node_total), layout, mechanism), layout, users.num_users)
+    mean, bit_mean = split_groups(released(users.map(node_total), layout, mechanism), layout, users.num_users)
     following = clipping_norm
     if may_adapt(users.num_users, mechanism.z):
         following = next_clipping_norm(clipping_norm, float(bit_mean[0]) / 2, bounds=CLIPPING_BOUNDS)
@@ -342,7 +342,8 @@ def validation_split(train: Population, split_seed: int) -> tuple[Population, Po
     return split(train, split_seed + _VALIDATION_SEED_OFFSET, _VALIDATION_FRACTION)
 
 
-def _release(totals: list[IntArray], layout: Layout, mechanism: Mechanism) -> IntArray:
+def released(totals: list[IntArray], layout: Layout, mechanism: Mechanism) -> IntArray:
+    """The noised sum of the nodes' totals."""
     return release(
         totals,
         size=layout.size,

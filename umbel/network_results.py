@@ -30,26 +30,23 @@ from client.network_work import (
 )
 from client.shard import Shard, total_contribution
 from common.config import Config
-from common.data import DataSchema, Population, select, split
+from common.data import DataSchema, Population, select
 from common.errors import UmbelError
 from common.families import FAMILIES
 from common.model import SharedModel
 from common.networks import AdaptedNetwork, adapt, load_module, load_weights
 from common.task import Task
 from privacy.layout import groups_of_event
-from privacy.mechanism import release
 from server.algorithms import layout_of_task
 from server.initialization import tie_breaker
 from server.networks import NetworkGradient, NetworkStart, first_shared
-from umbel.baselines import Mechanism
+from umbel.baselines import Mechanism, released, validation_split
 from umbel.evaluate import HeldOut
 
 Tensor = torch.Tensor
 STEP_SIZES = (0.03, 0.1, 0.3)
 NUM_STEPS = (0, 1, 2, 5, 10, 20, 40)
 """Plain gradient steps on an average example's loss, tried on the validation part, of the two fine-tuned baselines."""
-_VALIDATION_SEED_OFFSET = 1_000_003
-_VALIDATION_FRACTION = 0.2
 _MOST_VALIDATION_USERS = 500
 
 
@@ -104,13 +101,7 @@ def network_trajectory(
             network, task, state.model, clipping_norm=state.clipping_norm, layout=layout, one_by_one=False
         )
         total = total_contribution(shard, contribution, size=layout.size, admitted=np.ones(users, np.bool_))
-        noised = release(
-            [total],
-            size=layout.size,
-            noise_multiplier=mechanism.noise_multiplier,
-            grid_scale=layout.grid_scale,
-            source=mechanism.noise(),
-        )
+        noised = released([total], layout, mechanism)
         event = {
             "groups": groups_of_event(layout),
             "grid_scale": layout.grid_scale,
@@ -297,8 +288,8 @@ class NetworkEvaluation:
         How many steps of which size is chosen once for all users on a validation part of the training examples.
         """
         on_step(name)
-        family, seed = self._config.model.family, self._config.data.split_seed + _VALIDATION_SEED_OFFSET
-        fit, validation = split(self._scorer.train, seed, _VALIDATION_FRACTION)
+        family = self._config.model.family
+        fit, validation = validation_split(self._scorer.train, self._config.data.split_seed)
         network = self.network(self.algorithm(rank=0, sparsity=0, train_base=True).personal_task)
         base = torch.from_numpy(np.array(shared[: network.architecture.num_parameters], np.float32))
         last = network.architecture.layers[-1]
